@@ -1,0 +1,114 @@
+# Needs only Python 3.11+, make and a network. Everything is installed into .venv and removed with it.
+#
+#   make up ARGS="--port 9000"      options of `behest up`
+#   make test ARGS="-k budget"      options of pytest
+#   PYTHON=/path/to/python3 make up another Python than the newest one found
+
+.POSIX:
+.SUFFIXES:
+.DEFAULT_GOAL := help
+
+VENV = .venv
+BIN = $(VENV)/bin
+ARGS =
+BENCH = bench/run.py
+
+# pip may not complain about itself, nor about root: .venv is ours.
+PIP_ENVIRONMENT = PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PIP_NO_INPUT=1
+
+# The newest usable Python. `command -v` is not enough: the shims of pyenv exist and fail. One that can make a
+# virtual environment is preferred, so that the error below is shown only where there is none.
+FIND_PYTHON = \
+	found=; old=; \
+	for name in $${PYTHON:-python3.13 python3.12 python3.11 python3 python}; do \
+	  command -v "$$name" >/dev/null 2>&1 || continue; \
+	  "$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 || { old="$$old $$name"; continue; }; \
+	  [ -n "$$found" ] || found=$$name; \
+	  if "$$name" -c 'import ensurepip, ssl, venv' >/dev/null 2>&1; then found=$$name; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	  echo "behest: no Python 3.11 or newer was found$${old:+ (too old or broken:$$old)};" \
+	       "install one (apt install python3 python3-venv), or name it: make PYTHON=/path/to/python3" >&2; \
+	  exit 1; \
+	fi; \
+	if ! "$$found" -c 'import ensurepip, venv' >/dev/null 2>&1; then \
+	  version=$$("$$found" -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
+	  echo "behest: $$found has no venv module;" \
+	       "install it: apt install python3-venv (or python$$version-venv)" >&2; \
+	  exit 1; \
+	fi
+
+# $(call install,EXTRAS,STAMP): install this tree with extras; only a complete installation leaves its stamp.
+define install
+	@echo "Installing Behest [$(1)] into $(VENV) (the first time takes a minute) ..."
+	@$(PIP_ENVIRONMENT) $(BIN)/python -m pip install --quiet --progress-bar off -e '.[$(1)]' || { \
+	  echo "behest: pip could not install the packages (see above); check the network and its proxy" \
+	       "(HTTPS_PROXY, PIP_INDEX_URL), then run make again" >&2; \
+	  exit 1; }
+	@touch $(2)
+endef
+
+.PHONY: always help up down test check bench clean-venv
+
+help: ## show this list
+	@echo "Behest: an OpenAI-compatible streaming gateway whose budgets hold, to the last token."
+	@echo
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo "Options: make up ARGS=\"--port 9000\"    make test ARGS=\"-k budget\""
+
+up: $(VENV)/.installed-up ## start everything on this machine (Ctrl-C stops it)
+	@exec $(BIN)/behest up $(ARGS)
+
+down: ## stop what `make up` started; the data stay
+	@if [ -x $(BIN)/behest ]; then exec $(BIN)/behest down $(ARGS); else echo "Nothing was ever started here."; fi
+
+test: $(VENV)/.installed-dev ## run every test that needs no cluster and no browser
+	@$(BIN)/python -Im pytest $(ARGS)
+
+check: $(VENV)/.installed-dev ## lint, format, types, architecture, tests: what CI runs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/python -Im pytest $(ARGS)
+
+bench: $(VENV)/.installed-dev ## measure the figures of the README
+	@$(BIN)/python $(BENCH) $(ARGS)
+
+clean-venv: ## remove .venv
+	rm -rf $(VENV)
+
+# Looked at every time, and touched only when it is made: a .venv whose Python is gone, or which was moved with the
+# folder (it holds absolute paths), is made anew. One that somebody made by hand is used as it is.
+$(VENV)/.made: always
+	@if [ -e $(VENV) ]; then \
+	  if ! $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
+	    echo "$(VENV) has no working Python 3.11 or newer: making it anew."; rm -rf $(VENV); \
+	  elif [ -e $@ ] && [ "$$(cat $@)" != "$$(pwd)" ]; then \
+	    echo "$(VENV) was moved: making it anew."; rm -rf $(VENV); \
+	  fi; \
+	fi; \
+	if [ ! -e $(VENV) ]; then \
+	  $(FIND_PYTHON); \
+	  echo "Making $(VENV) with $$("$$found" --version) ..."; \
+	  "$$found" -m venv $(VENV) || { \
+	    rm -rf $(VENV); \
+	    echo "behest: $$found could not make $(VENV); install its venv module (apt install python3-venv)" >&2; \
+	    exit 1; }; \
+	fi; \
+	if [ ! -e $@ ]; then \
+	  $(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip >/dev/null || exit 1; \
+	  pwd > $@; \
+	fi
+
+$(VENV)/.installed-up: $(VENV)/.made pyproject.toml
+	$(call install,embedded$(comma)demo,$@)
+
+# All that `up` needs is part of it.
+$(VENV)/.installed-dev: $(VENV)/.made pyproject.toml
+	$(call install,dev,$@)
+	@touch $(VENV)/.installed-up
+
+comma := ,
