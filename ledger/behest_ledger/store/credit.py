@@ -1,0 +1,217 @@
+"""Credit for streams that run: extensions batched into one commit, and the rest of a window handed on.
+
+When a window runs out, many streams ask at once and all are refused, each still holding a reserve that it will give
+back when it ends. Cutting all of them would leave that money unspent. So the refused stand in line: the first is told
+no, and as soon as its settlement is acknowledged the next one asks again, with what has become free. One after the
+other they end, and the last leaves (almost) nothing.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from uuid import UUID
+
+from behest_ledger.holds import Answer, Extension, Gone, Granted, Refused
+from behest_ledger.store.errors import LedgerConflictError, LedgerError
+
+logger = logging.getLogger(__name__)
+
+BATCH_ITEMS_MAX = 200
+LINE_WAIT_S = 5.0
+"""How long a refused stream may stand in line before its refusal counts."""
+CONFLICT_RETRIES_MAX = 5
+
+ExtendCall = Callable[[Sequence[Extension]], Awaitable[dict[UUID, Answer]]]
+AnswerCall = Callable[[Answer | LedgerError], None]
+
+
+class Account:
+    """One open hold, as the desk sees it."""
+
+    __slots__ = ("ended", "request_id", "seq", "tenant_id", "windows")
+
+    def __init__(self, tenant_id: str, request_id: UUID, windows: tuple[int, ...]) -> None:
+        self.tenant_id = tenant_id
+        self.request_id = request_id
+        self.windows = windows
+        self.seq = 0
+        self.ended = False
+
+
+class _Ask:
+    __slots__ = ("account", "answer", "may_wait", "need_tokens", "refusal", "timer", "want_tokens")
+
+    def __init__(
+        self, account: Account, need_tokens: int, want_tokens: int, may_wait: bool, answer: AnswerCall
+    ) -> None:
+        self.account = account
+        self.need_tokens = need_tokens
+        self.want_tokens = want_tokens
+        self.may_wait = may_wait
+        self.answer = answer
+        self.timer: asyncio.TimerHandle | None = None
+        self.refusal: Refused | None = None
+
+
+class CreditDesk:
+    """Asks the ledger for more credit on behalf of all streams of this process."""
+
+    def __init__(self, extend: ExtendCall) -> None:
+        self._extend = extend
+        self._asks: deque[_Ask] = deque()
+        self._accounts: dict[UUID, Account] = {}
+        self._lines: dict[int, deque[_Ask]] = {}
+        self._releasing: dict[int, int] = {}
+        """Per window: local holds that have ended and are not settled yet. Their rest is about to be free."""
+        self._task: asyncio.Task[None] | None = None
+
+    def open(self, tenant_id: str, request_id: UUID, windows: tuple[int, ...]) -> Account:
+        """Begin to serve an admitted request."""
+        account = Account(tenant_id, request_id, windows)
+        self._accounts[request_id] = account
+        return account
+
+    def ask(self, account: Account, *, need_tokens: int, want_tokens: int, may_wait: bool, answer: AnswerCall) -> None:
+        """Ask for at least `need_tokens`, at best `want_tokens`; `answer` is called once, later, with what came.
+
+        `may_wait` says that a refusal would end the stream, so that it may stand in line first. A `LedgerError` means
+        that the ledger gave no answer: the result is unknown.
+        """
+        self._put(_Ask(account, need_tokens, want_tokens, may_wait, answer))
+
+    def ended(self, account: Account) -> None:
+        """The request has ended and its settlement is on its way: what it still held is about to be free."""
+        account.ended = True
+        for window in account.windows:
+            self._releasing[window] = self._releasing.get(window, 0) + 1
+
+    def settled(self, request_id: UUID) -> None:
+        """The settlement was acknowledged: the next in each line may try again."""
+        account = self._accounts.pop(request_id, None)
+        if account is None or not account.ended:
+            return
+        for window in account.windows:
+            left = self._releasing[window] - 1
+            if left:
+                self._releasing[window] = left
+            else:
+                del self._releasing[window]
+            self._next_in_line(window)
+
+    async def aclose(self) -> None:
+        """Stop asking. Nobody is answered any more."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        self._asks.clear()
+        self._lines.clear()
+
+    def _put(self, ask: _Ask) -> None:
+        self._asks.append(ask)
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._run(), name="credit desk")
+
+    async def _run(self) -> None:
+        # One batch in flight; what comes meanwhile is the next batch, so batches grow with the load.
+        try:
+            while self._asks:
+                batch: dict[UUID, _Ask] = {}
+                later: deque[_Ask] = deque()
+                while self._asks and len(batch) < BATCH_ITEMS_MAX:
+                    ask = self._asks.popleft()
+                    if ask.account.ended:
+                        continue
+                    if ask.account.request_id in batch:
+                        later.append(ask)
+                        continue
+                    ask.account.seq += 1
+                    batch[ask.account.request_id] = ask
+                self._asks.extendleft(reversed(later))
+                if batch:
+                    await self._send(batch)
+        finally:
+            self._task = None
+
+    async def _send(self, batch: dict[UUID, _Ask]) -> None:
+        extensions = [
+            Extension(
+                tenant_id=ask.account.tenant_id,
+                request_id=ask.account.request_id,
+                seq=ask.account.seq,
+                need_tokens=ask.need_tokens,
+                want_tokens=ask.want_tokens,
+            )
+            for ask in batch.values()
+        ]
+        answers: dict[UUID, Answer] = {}
+        failure: LedgerError | None = None
+        for attempt in range(CONFLICT_RETRIES_MAX):
+            try:
+                answers = await self._extend(extensions)
+            except LedgerConflictError as error:
+                failure = error
+                await asyncio.sleep(0.01 * 2**attempt)
+                continue
+            except LedgerError as error:
+                failure = error
+            else:
+                failure = None
+            break
+        if failure is not None:
+            logger.warning("asking for credit for %d streams failed: %s", len(batch), failure)
+        for request_id, ask in batch.items():
+            self._deliver(ask, failure if failure is not None else answers.get(request_id, Gone()))
+
+    def _deliver(self, ask: _Ask, answer: Answer | LedgerError) -> None:
+        if (
+            isinstance(answer, Refused)
+            and answer.reason == "quota"
+            and ask.may_wait
+            and self._stand_in_line(ask, answer)
+        ):
+            return
+        if ask.timer is not None:
+            ask.timer.cancel()
+        if not ask.account.ended:
+            try:
+                ask.answer(answer)
+            except Exception:
+                logger.exception("a stream failed on its answer")
+        if ask.refusal is not None and isinstance(answer, Granted):
+            # There was something left: the next in line may find something too.
+            self._next_in_line(ask.refusal.window_id)
+
+    def _stand_in_line(self, ask: _Ask, refusal: Refused) -> bool:
+        """Whether the refusal can wait: somebody of ours is about to give money of that window back."""
+        if not self._releasing.get(refusal.window_id):
+            return False
+        if ask.timer is None:
+            ask.timer = asyncio.get_running_loop().call_later(LINE_WAIT_S, self._waited_enough, ask)
+        line = self._lines.setdefault(refusal.window_id, deque())
+        # Who stood in this line before keeps the place at its head.
+        if ask.refusal is not None and ask.refusal.window_id == refusal.window_id:
+            line.appendleft(ask)
+        else:
+            line.append(ask)
+        ask.refusal = refusal
+        return True
+
+    def _waited_enough(self, ask: _Ask) -> None:
+        ask.may_wait = False
+        if ask.refusal is None:
+            return
+        line = self._lines.get(ask.refusal.window_id)
+        if line is not None and ask in line:
+            line.remove(ask)
+            self._deliver(ask, ask.refusal)
+
+    def _next_in_line(self, window: int) -> None:
+        line = self._lines.get(window)
+        while line:
+            ask = line.popleft()
+            if not ask.account.ended:
+                self._put(ask)
+                break
+        if not line:
+            self._lines.pop(window, None)

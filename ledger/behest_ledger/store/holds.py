@@ -1,0 +1,93 @@
+"""Admit, extend and settle: the three calls that move money, one round trip each."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Literal
+from uuid import UUID
+
+import msgspec
+
+from behest_ledger.holds import Admission, Answer, Extension, Gone, Granted, Refused, Settlement
+from behest_ledger.store.errors import mapped
+from behest_ledger.store.pool import COMMAND_TIMEOUT_S, Connection
+
+Result = Literal["settled", "already", "unknown"]
+
+
+class Settled(msgspec.Struct, frozen=True):
+    """What became of one settlement."""
+
+    request_id: UUID
+    result: Result
+    overrun: bool
+    """The charge went beyond what the budget could pay: the provider did not keep its word."""
+
+
+async def admit(pool: Connection, admission: Admission) -> Answer:
+    """Hold money for one request in all windows that match it, or in none.
+
+    Raises `LedgerUnavailableError`: then the result is unknown, and the caller must void the request.
+    """
+    with mapped():
+        async with asyncio.timeout(COMMAND_TIMEOUT_S):
+            answer = await pool.fetchval(
+                "SELECT ledger.admit_v1($1, $2, $3, $4::text::jsonb, $5, $6, $7, $8, $9, $10, $11)::text",
+                admission.tenant_id,
+                admission.request_id,
+                admission.holder_id,
+                msgspec.json.encode(admission.attributes).decode(),
+                admission.price_key,
+                admission.input_tokens,
+                admission.input_amount_pico,
+                admission.output_rate_pico,
+                admission.need_tokens,
+                admission.want_tokens,
+                admission.shares,
+            )
+    return answer_from_json(answer)
+
+
+async def extend(pool: Connection, extensions: Sequence[Extension], *, shares: int) -> dict[UUID, Answer]:
+    """More output tokens for several open holds, in one commit.
+
+    Raises `LedgerUnavailableError` (unknown result) and `LedgerConflictError`.
+    """
+    with mapped():
+        async with asyncio.timeout(COMMAND_TIMEOUT_S):
+            rows = await pool.fetch(
+                "SELECT request_id, answer::text FROM ledger.extend_batch_v1($1, $2, $3, $4, $5, $6)",
+                [extension.tenant_id for extension in extensions],
+                [extension.request_id for extension in extensions],
+                [extension.seq for extension in extensions],
+                [extension.need_tokens for extension in extensions],
+                [extension.want_tokens for extension in extensions],
+                shares,
+            )
+    return {row["request_id"]: answer_from_json(row["answer"]) for row in rows}
+
+
+async def settle(pool: Connection, settlements: Sequence[Settlement]) -> list[Settled]:
+    """End several requests in one commit; repeating it moves nothing.
+
+    Raises `LedgerUnavailableError` (unknown result), `LedgerConflictError` and `LedgerRefusedError`.
+    """
+    with mapped():
+        async with asyncio.timeout(COMMAND_TIMEOUT_S):
+            rows = await pool.fetch(
+                "SELECT request_id, result, overrun FROM ledger.settle_batch_v1($1::text::jsonb)",
+                msgspec.json.encode(settlements).decode(),
+            )
+    return [Settled(row["request_id"], row["result"], row["overrun"]) for row in rows]
+
+
+class _Verdict(msgspec.Struct):
+    verdict: Literal["granted", "refused", "void"]
+
+
+def answer_from_json(text: str) -> Answer:
+    """The typed form of what `ledger.admit_v1` and `ledger.extend_batch_v1` answer."""
+    verdict = msgspec.json.decode(text, type=_Verdict).verdict
+    if verdict == "void":
+        return Gone()
+    # strict=False: balances come as decimal strings, for they can be larger than a JSON reader's integers.
+    return msgspec.json.decode(text, type=Granted if verdict == "granted" else Refused, strict=False)

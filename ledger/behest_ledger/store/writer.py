@@ -1,0 +1,115 @@
+"""Settlements on their way to the books: batched, one batch in flight, repeated until acknowledged.
+
+A settlement that was handed over is never forgotten while the process lives. A batch whose result is unknown is
+sent again: settling twice moves nothing. A settlement that the database refuses for itself is found by halving the
+batch, and put aside with an alarm, so that it cannot hold up the others.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+
+from behest_ledger.holds import Settlement
+from behest_ledger.store.errors import (
+    LedgerConflictError,
+    LedgerRefusedError,
+    LedgerUnavailableError,
+    SchemaError,
+)
+from behest_ledger.store.holds import Settled
+
+logger = logging.getLogger(__name__)
+
+BATCH_ITEMS_MAX = 200
+BATCH_INTERVAL_S = 0.005
+"""Batches start at least this far apart: under load they grow instead of multiplying."""
+RETRY_FIRST_S = 0.05
+RETRY_MAX_S = 2.0
+
+SettleCall = Callable[[Sequence[Settlement]], Awaitable[list[Settled]]]
+
+
+class SettlementWriter:
+    """The queue of settlements and the one task that empties it."""
+
+    def __init__(self, settle: SettleCall, *, on_settled: Callable[[Settled], None]) -> None:
+        self._settle = settle
+        self._on_settled = on_settled
+        self._queue: deque[Settlement] = deque()
+        self._wake = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._task: asyncio.Task[None] | None = None
+        self.quarantined: list[Settlement] = []
+        """What the database refused for itself. Somebody has to look; `verify` names the holds that stay open."""
+
+    @property
+    def backlog(self) -> int:
+        """Settlements that are not acknowledged yet."""
+        return len(self._queue)
+
+    def start(self) -> None:
+        """Begin to write. Call once, inside the running loop."""
+        self._task = asyncio.get_running_loop().create_task(self._run(), name="settlement writer")
+
+    def submit(self, settlement: Settlement) -> None:
+        """Hand over one settlement; returns at once."""
+        self._queue.append(settlement)
+        self._idle.clear()
+        self._wake.set()
+
+    async def flush(self, timeout_s: float) -> bool:
+        """Wait until everything handed over is acknowledged. False: the time was not enough."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def aclose(self) -> None:
+        """Stop. What is not acknowledged stays in the queue, and its holds stay open in the books."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        retry_s = RETRY_FIRST_S
+        while True:
+            if not self._queue:
+                self._idle.set()
+                self._wake.clear()
+                await self._wake.wait()
+            started_s = loop.time()
+            batch = [self._queue[index] for index in range(min(len(self._queue), BATCH_ITEMS_MAX))]
+            try:
+                await self._write(batch)
+            except (LedgerUnavailableError, LedgerConflictError, SchemaError) as error:
+                logger.warning("settling %d requests failed, trying again: %s", len(batch), error)
+                await asyncio.sleep(retry_s)
+                retry_s = min(retry_s * 2, RETRY_MAX_S)
+                continue
+            retry_s = RETRY_FIRST_S
+            for _ in batch:
+                self._queue.popleft()
+            await asyncio.sleep(max(0.0, started_s + BATCH_INTERVAL_S - loop.time()))
+
+    async def _write(self, batch: Sequence[Settlement]) -> None:
+        try:
+            results = await self._settle(batch)
+        except LedgerRefusedError as error:
+            if len(batch) == 1:
+                self.quarantined.append(batch[0])
+                logger.critical("settlement of request %s was refused and put aside: %s", batch[0].request_id, error)
+                return
+            middle = len(batch) // 2
+            await self._write(batch[:middle])
+            await self._write(batch[middle:])
+            return
+        for result in results:
+            if result.overrun:
+                logger.error("request %s cost more than its budget could pay", result.request_id)
+            self._on_settled(result)

@@ -1,0 +1,81 @@
+"""One real PostgreSQL for the whole run, one fresh database with the ledger's schema for each test that asks."""
+
+import asyncio
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import pytest
+from behest_ledger.store.migrate import migrate
+from behest_ledger.store.pool import connect
+from behest_proxy.cli.folder import DataFolder
+from behest_proxy.cli.postgres import launch
+
+_TEMPLATE = "behest_template"
+_numbers = count(1)
+
+
+@dataclass(frozen=True)
+class Server:
+    """A PostgreSQL server on which databases may be made."""
+
+    dsn: str
+
+    def of(self, database: str) -> str:
+        """The DSN of a database of this server."""
+        return urlunsplit(urlsplit(self.dsn)._replace(path="/" + database))
+
+
+async def _execute(dsn: str, *statements: str) -> None:
+    connection: Any = await connect(dsn)
+    try:
+        for statement in statements:
+            await connection.execute(statement)
+    finally:
+        await connection.close()
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The server: `BEHEST_TEST_DATABASE_URL` (PostgreSQL 15 or newer, a role that may make databases), or our own."""
+    given = os.environ.get("BEHEST_TEST_DATABASE_URL")
+    if given:
+        yield Server(given)
+        return
+    folder = DataFolder(tmp_path_factory.mktemp("postgres") / "data")
+    folder.create()
+    with launch(folder, environment={"PATH": os.environ.get("PATH", "")}) as server:
+        yield Server(server.dsn)
+
+
+@pytest.fixture(scope="session")
+def template(postgres: Server) -> Server:
+    """The server with a migrated database to copy: copying takes a twentieth of the time of migrating."""
+
+    async def make() -> None:
+        await _execute(
+            postgres.dsn, f"DROP DATABASE IF EXISTS {_TEMPLATE} WITH (FORCE)", f"CREATE DATABASE {_TEMPLATE}"
+        )
+        await migrate(postgres.of(_TEMPLATE))
+
+    asyncio.run(make())
+    return postgres
+
+
+@pytest.fixture
+def database(template: Server) -> Iterator[str]:
+    """The DSN of a database of one's own, with the ledger's schema and nothing in it."""
+    name = f"behest_test_{os.getpid()}_{next(_numbers)}"
+    asyncio.run(_execute(template.dsn, f"CREATE DATABASE {name} TEMPLATE {_TEMPLATE}"))
+    yield template.of(name)
+    asyncio.run(_execute(template.dsn, f"DROP DATABASE {name} WITH (FORCE)"))
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of this repository."""
+    return Path(__file__).resolve().parents[1]
