@@ -1,0 +1,50 @@
+"""What is stored now, as the plan reads it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from behest_ledger.configuration.records import BudgetRecord
+
+
+class StoredSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """A stored Project, Upstream or Tier: whose it is, and its spec in wire form."""
+
+    tenant_id: str
+    namespace: str
+    name: str
+    spec: dict[str, Any]
+
+    @property
+    def qualified_name(self) -> str:
+        """`<namespace>/<name>`."""
+        return f"{self.namespace}/{self.name}"
+
+
+class StoredBudget(msgspec.Struct, frozen=True, kw_only=True):
+    """A stored budget. A deleted one keeps its history, so what is immutable stays so."""
+
+    record: BudgetRecord
+    deleted: bool = False
+
+
+class ConfigurationState(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that is stored, by `<namespace>/<name>`; a namespace belongs to one tenant."""
+
+    projects: Mapping[str, StoredSpec] = {}
+    upstreams: Mapping[str, StoredSpec] = {}
+    tiers: Mapping[str, StoredSpec] = {}
+    budgets: Mapping[str, StoredBudget] = {}
+    """Tiers' budgets among them."""
+
+    def tenant_of_namespace(self, namespace: str) -> str | None:
+        """The tenant of what is stored in the namespace, None where there is nothing."""
+        for stored in (self.projects, self.upstreams, self.tiers):
+            for resource in stored.values():
+                if resource.namespace == namespace:
+                    return resource.tenant_id
+        for budget in self.budgets.values():
+            if budget.record.namespace == namespace and not budget.deleted:
+                return budget.record.tenant_id
+        return None

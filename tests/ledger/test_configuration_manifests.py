@@ -1,0 +1,461 @@
+import json
+from typing import Any
+
+import pytest
+import yaml
+
+from behest_ledger.configuration.documents import TEXT_BYTES_MAX
+from behest_ledger.configuration.kinds import Budget, Project, Tier, Upstream, wire_spec
+from behest_ledger.configuration.manifests import InvalidManifestsError, from_object, parse
+
+# The examples of the documentation: they must stay valid as they are written.
+EXAMPLES = """
+apiVersion: behest.ai/v1alpha1
+kind: Project
+metadata: {name: shop, namespace: demo}
+spec:
+  tenant: acme
+  defaultModel: gpt-4o-mini
+  allowedModels: ["gpt-4o-mini", "gpt-4o*"]
+  allowedOrigins: ["http://localhost:5173", "https://*.example.com", "https://app.example.com:8443"]
+  defaultTier: free
+  apiKeySecretName: shop-behest-key
+---
+apiVersion: behest.ai/v1alpha1
+kind: Upstream
+metadata: {name: openai, namespace: demo}
+spec:
+  baseURL: https://api.openai.com/v1
+  credentials: {secretKeyRef: {name: openai, key: api-key}}    # outside a cluster: {env: OPENAI_API_KEY}
+  protocol: Auto                                               # Auto | HTTP1 | HTTP2
+  models:
+    - name: gpt-4o-mini
+      prices: {input: "0.15", cacheRead: "0.075", output: "0.60"}
+---
+apiVersion: behest.ai/v1alpha1
+kind: Tier
+metadata: {name: free, namespace: demo}
+spec: {number: 1, requestsPerMinute: 10, requestsPerDay: 100, tokensPerDay: 50000}
+---
+apiVersion: behest.ai/v1alpha1
+kind: Budget
+metadata: {name: shop-sessions, namespace: demo}
+spec:
+  scope: {project: shop}
+  per: [session]
+  limit: {amount: "0.50", currency: USD}
+  window: {period: Day, timeZone: UTC}
+  enforcement: Hard
+  alertThresholds: [50, 80, 100]
+"""
+
+
+def manifest(kind: str, spec: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {
+        "apiVersion": "behest.ai/v1alpha1",
+        "kind": kind,
+        "metadata": {"name": "it", "namespace": "demo"},
+        "spec": spec,
+        **more,
+    }
+
+
+def budget(**changes: Any) -> dict[str, Any]:
+    spec: dict[str, Any] = {
+        "scope": {"project": "shop"},
+        "per": ["session"],
+        "limit": {"amount": "0.50", "currency": "USD"},
+        "window": {"period": "Day"},
+    }
+    spec.update(changes)
+    return manifest("Budget", {name: value for name, value in spec.items() if value is not ...})
+
+
+def upstream(**changes: Any) -> dict[str, Any]:
+    return manifest("Upstream", {"baseURL": "https://api.openai.com/v1", **changes})
+
+
+def model(**changes: Any) -> dict[str, Any]:
+    return upstream(models=[{"name": "m", **changes}])
+
+
+def project(**changes: Any) -> dict[str, Any]:
+    return manifest("Project", changes)
+
+
+def tier(**changes: Any) -> dict[str, Any]:
+    return manifest("Tier", {"number": 1, **changes})
+
+
+PEM = "-----BEGIN PUBLIC KEY-----\nMIIBIjANBgkqhkiG9w0BAQEFAAOCAQ8A\n-----END PUBLIC KEY-----\n"
+
+# What is wrong with it, and the whole sentence that its author sees.
+INVALID: list[tuple[dict[str, Any], str]] = [
+    (
+        budget(limit={"amount": -1, "currency": "USD"}),
+        'Budget demo/it: spec.limit.amount: must be a decimal string such as "5.00", got -1',
+    ),
+    (
+        budget(limit={"amount": 5.0, "currency": "USD"}),
+        'Budget demo/it: spec.limit.amount: must be a decimal string such as "5.00", got 5.0',
+    ),
+    (
+        budget(limit={"amount": "-1", "currency": "USD"}),
+        'Budget demo/it: spec.limit.amount: must be a decimal string such as "5.00", got "-1"',
+    ),
+    (
+        budget(limit={"amount": "1e3", "currency": "USD"}),
+        'Budget demo/it: spec.limit.amount: must be a decimal string such as "5.00", got "1e3"',
+    ),
+    (
+        budget(limit={"amount": "0.00", "currency": "USD"}),
+        "Budget demo/it: spec.limit.amount: must be more than zero; spec.suspended stops everything",
+    ),
+    (budget(limit={"amount": "1"}), "Budget demo/it: spec.limit.currency: is required with amount: USD"),
+    (budget(limit={"currency": "USD"}), "Budget demo/it: spec.limit.amount: is required with currency"),
+    (
+        budget(limit={"amount": "1", "currency": "EUR"}),
+        'Budget demo/it: spec.limit.currency: must be USD, got "EUR"',
+    ),
+    (
+        budget(limit={}),
+        "Budget demo/it: spec.limit: must be in exactly one unit: amount with currency, tokens, or requests;"
+        " got none of them",
+    ),
+    (
+        budget(limit={"tokens": 5, "requests": 5}),
+        "Budget demo/it: spec.limit: must be in exactly one unit: amount with currency, tokens, or requests;"
+        " got tokens and requests",
+    ),
+    (budget(limit={"tokens": 0}), "Budget demo/it: spec.limit.tokens: must be from 1 to 1000000000000000, got 0"),
+    (budget(limit={"tokens": "5"}), 'Budget demo/it: spec.limit.tokens: must be a whole number, got "5"'),
+    (budget(limit={"tokens": True}), "Budget demo/it: spec.limit.tokens: must be a whole number, got True"),
+    (budget(limit={"requests": 1, "tokenKind": "Both"}), "Budget demo/it: spec.limit.tokenKind: goes with tokens only"),
+    (
+        budget(limit={"tokens": 1, "tokenKind": "Reasoning"}),
+        'Budget demo/it: spec.limit.tokenKind: must be Both, Input or Output, got "Reasoning"',
+    ),
+    (budget(limit=...), "Budget demo/it: spec.limit: is required"),
+    (budget(window=...), "Budget demo/it: spec.window: is required"),
+    (budget(window={}), "Budget demo/it: spec.window.period: is required"),
+    (
+        budget(window={"period": "Fortnight"}),
+        "Budget demo/it: spec.window.period: must be Day, Hour, Lifetime, Minute, Month or Week,"
+        ' got "Fortnight"',
+    ),
+    (
+        budget(window={"period": "Lifetime", "alignment": "Rolling"}),
+        "Budget demo/it: spec.window.alignment: must be Calendar for the period Lifetime,"
+        " which neither begins nor ends",
+    ),
+    (
+        budget(window={"period": "Day", "timeZone": "Mars/Olympus"}),
+        'Budget demo/it: spec.window.timeZone: must be an IANA time zone such as "UTC" or "Europe/Berlin",'
+        ' got "Mars/Olympus"',
+    ),
+    (
+        budget(window={"period": "Day", "timeZone": "../../etc/passwd"}),
+        'Budget demo/it: spec.window.timeZone: must be an IANA time zone such as "UTC" or "Europe/Berlin",'
+        ' got "../../etc/passwd"',
+    ),
+    (budget(alertThresholds=[0]), "Budget demo/it: spec.alertThresholds[0]: must be from 1 to 100, got 0"),
+    (
+        budget(alertThresholds=[80, 50]),
+        "Budget demo/it: spec.alertThresholds: must ascend without repetition, got [80, 50]",
+    ),
+    (
+        budget(alertThresholds=list(range(1, 12))),
+        "Budget demo/it: spec.alertThresholds: has 11 values, at most 10 are allowed",
+    ),
+    (budget(alertThresholds=[50, "80"]), 'Budget demo/it: spec.alertThresholds[1]: must be a whole number, got "80"'),
+    (
+        budget(scope={}, per=[]),
+        "Budget demo/it: spec.scope: is empty, and so is spec.per: say what the budget binds,"
+        " for example {project: shop}",
+    ),
+    (budget(per=["session", "session"]), "Budget demo/it: spec.per: names something twice: session, session"),
+    (budget(per=["none", "session"]), "Budget demo/it: spec.per: none stands alone"),
+    (
+        budget(per=["pod"]),
+        "Budget demo/it: spec.per[0]: must be model, namespace, none, project, session, tier, user or workload,"
+        ' got "pod"',
+    ),
+    (
+        budget(scope={"namespace": "other"}),
+        "Budget demo/it: spec.scope.namespace: must be demo, the budget's own, unless spec.scope.tenant is given,"
+        ' got "other"',
+    ),
+    (
+        budget(scope={"project": "other/shop"}),
+        "Budget demo/it: spec.scope.project: its namespace must be demo, the budget's own,"
+        ' unless spec.scope.tenant is given, got "other/shop"',
+    ),
+    (
+        budget(scope={"workloadSelector": {"matchLabels": {}}}),
+        "Budget demo/it: spec.scope.workloadSelector.matchLabels: must name at least one label",
+    ),
+    (
+        budget(scope={"projects": "shop"}),
+        'Budget demo/it: spec.scope: has no member "projects"; did you mean project?',
+    ),
+    (
+        budget(scope={"user": "*a" * 9}),
+        f'Budget demo/it: spec.scope.user: must have at most 8 stars, got "{"*a" * 9}"',
+    ),
+    (budget(enforcement="hard"), 'Budget demo/it: spec.enforcement: must be Hard or Soft, got "hard"'),
+    (budget(suspended="yes"), 'Budget demo/it: spec.suspended: must be true or false, got "yes"'),
+    (budget(limits={}), 'Budget demo/it: spec: has no member "limits"; did you mean limit?'),
+    (
+        upstream(baseURL="api.openai.com"),
+        "Upstream demo/it: spec.baseURL: must be an absolute http or https URL such as"
+        ' "https://api.openai.com/v1", got "api.openai.com"',
+    ),
+    (
+        upstream(baseURL="ftp://files.example.com"),
+        "Upstream demo/it: spec.baseURL: must be an absolute http or https URL such as"
+        ' "https://api.openai.com/v1", got "ftp://files.example.com"',
+    ),
+    (
+        upstream(baseURL="https://user:secret@api.example.com"),
+        "Upstream demo/it: spec.baseURL: must not contain credentials: use spec.credentials",
+    ),
+    (
+        upstream(baseURL="https://api.example.com/v1?key=1"),
+        'Upstream demo/it: spec.baseURL: must have no query and no fragment, got "https://api.example.com/v1?key=1"',
+    ),
+    (
+        upstream(baseURL="https://api.example.com:99999"),
+        "Upstream demo/it: spec.baseURL: must be an absolute http or https URL such as"
+        ' "https://api.openai.com/v1", got "https://api.example.com:99999"',
+    ),
+    (upstream(credentials={}), "Upstream demo/it: spec.credentials: must have exactly one of secretKeyRef and env"),
+    (
+        upstream(credentials={"env": "sk-12345"}),
+        "Upstream demo/it: spec.credentials.env: must be the name of an environment variable such as OPENAI_API_KEY,"
+        ' got "sk-12345"',
+    ),
+    (
+        upstream(credentials={"secretKeyRef": {"name": "openai"}}),
+        "Upstream demo/it: spec.credentials.secretKeyRef.key: is required",
+    ),
+    (upstream(protocol="HTTP3"), 'Upstream demo/it: spec.protocol: must be Auto, HTTP1 or HTTP2, got "HTTP3"'),
+    (
+        upstream(timeouts={"idleSeconds": 0}),
+        "Upstream demo/it: spec.timeouts.idleSeconds: must be more than 0 and at most 3600, got 0",
+    ),
+    (
+        upstream(capabilities={"continuation": "Retry"}),
+        "Upstream demo/it: spec.capabilities.continuation: must be ContinueFinalMessage, None, Prefix or Prompt,"
+        ' got "Retry"',
+    ),
+    (
+        upstream(models=[{"name": "m"}, {"name": "m"}]),
+        'Upstream demo/it: spec.models[1].name: "m" is there twice, first in spec.models[0]',
+    ),
+    (model(prices={"input": "1"}), "Upstream demo/it: spec.models[0].prices.output: is required"),
+    (
+        model(prices={"input": 0.15, "output": "1"}),
+        'Upstream demo/it: spec.models[0].prices.input: must be a decimal string such as "5.00", got 0.15',
+    ),
+    (
+        model(prices={"input": "1", "output": "1", "cacheRead": "0.0000001"}),
+        "Upstream demo/it: spec.models[0].prices.cacheRead: must be a decimal string of USD per million tokens such"
+        ' as "0.15", at most 6 decimal places, got "0.0000001"',
+    ),
+    (
+        model(prices={"input": "1", "output": "1"}, free=True),
+        "Upstream demo/it: spec.models[0].free: excludes prices: a free model has none",
+    ),
+    (
+        model(hiddenTokensPerSecond=0),
+        "Upstream demo/it: spec.models[0].hiddenTokensPerSecond: must be from 1 to 100000, got 0",
+    ),
+    (tier(number=0), "Tier demo/it: spec.number: must be from 1 to 1000, got 0"),
+    (
+        tier(requestsPerMinute=-1),
+        "Tier demo/it: spec.requestsPerMinute: must be from 1 to 1000000000000, got -1",
+    ),
+    (tier(tokensPerDay=1.5), "Tier demo/it: spec.tokensPerDay: must be a whole number, got 1.5"),
+    (tier(models={"gpt-4o": 4}), "Tier demo/it: spec.models: must be a string, got 4: write it in quotes"),
+    (
+        project(defaultModel="o4-mini", allowedModels=["gpt-*"]),
+        'Project demo/it: spec.defaultModel: "o4-mini" is not among spec.allowedModels',
+    ),
+    (
+        project(allowedOrigins=["https://app.example.com/"]),
+        'Project demo/it: spec.allowedOrigins[0]: must be an origin such as "https://app.example.com" or'
+        ' "https://*.example.com", got "https://app.example.com/"',
+    ),
+    (
+        project(allowedOrigins=["https://*.com"]),
+        'Project demo/it: spec.allowedOrigins[0]: "https://*.com" would allow a whole top-level domain',
+    ),
+    (
+        project(allowedOrigins=["null"]),
+        'Project demo/it: spec.allowedOrigins[0]: must be an origin such as "https://app.example.com" or'
+        ' "https://*.example.com", got "null"',
+    ),
+    (
+        project(signingKeys=[{"kid": "a", "publicKey": PEM.replace("PUBLIC", "PRIVATE")}]),
+        "Project demo/it: spec.signingKeys[0].publicKey: is a private key: give its public half, and replace the key,"
+        " it has been seen",
+    ),
+    (
+        project(signingKeys=[{"kid": "a", "publicKey": PEM}, {"kid": "a", "publicKey": PEM}]),
+        'Project demo/it: spec.signingKeys[1].kid: "a" is there twice, first in spec.signingKeys[0]',
+    ),
+    (
+        project(trustedIssuers=[{"issuer": "https://a.example", "jwksURL": "https://a.example/k", "audience": ""}]),
+        "Project demo/it: spec.trustedIssuers[0].audience: must not be empty: tokens meant for others would be"
+        " accepted",
+    ),
+    (project(memory={"window": -1}), "Project demo/it: spec.memory.window: must be from 0 to 10000, got -1"),
+    (project(tenant=None, slug=7), "Project demo/it: spec.slug: must be a string, got 7: write it in quotes"),
+    (
+        project() | {"metadata": {"name": "Shop", "namespace": "demo"}},
+        "Project demo/Shop: metadata.name: must be lower-case letters, digits, '-' and '.', got \"Shop\"",
+    ),
+    (
+        project() | {"metadata": {"namespace": "demo"}},
+        "Project: metadata.name: is required",
+    ),
+    (
+        project() | {"metadata": {"name": "it", "namespace": "demo", "labels": {"a": 1}}},
+        "Project demo/it: metadata.labels: must be a string, got 1: write it in quotes",
+    ),
+    (
+        project() | {"apiVersion": "behest.ai/v1"},
+        'Project demo/it: apiVersion: must be behest.ai/v1alpha1, got "behest.ai/v1"',
+    ),
+    (
+        project() | {"kind": "Secret"},
+        'Secret demo/it: kind: must be Project, Upstream, Tier or Budget, got "Secret"',
+    ),
+    (
+        project() | {"spec": None},
+        "Project demo/it: spec: must be a mapping, got None",
+    ),
+    (
+        project() | {"data": {}},
+        'Project demo/it: has no member "data"; there are apiVersion, kind, metadata and spec',
+    ),
+]
+
+
+def test_the_documented_examples_are_valid() -> None:
+    shop, openai, free, sessions = parse(EXAMPLES)
+    assert isinstance(shop, Project)
+    assert isinstance(openai, Upstream)
+    assert isinstance(free, Tier)
+    assert isinstance(sessions, Budget)
+    assert openai.spec.models[0].prices is not None
+    assert openai.spec.models[0].prices.cache_read == "0.075"
+    assert sessions.qualified_name == "demo/shop-sessions"
+    assert sessions.document == 4
+
+
+@pytest.mark.parametrize(("wrong", "sentence"), INVALID, ids=[sentence for _, sentence in INVALID])
+def test_what_is_wrong_is_told_with_its_field(wrong: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InvalidManifestsError) as caught:
+        from_object(wrong)
+    assert sentence in [str(error) for error in caught.value.errors]
+
+
+@pytest.mark.parametrize(("wrong", "sentence"), INVALID, ids=[sentence for _, sentence in INVALID])
+def test_json_and_yaml_are_judged_alike(wrong: dict[str, Any], sentence: str) -> None:
+    for text in (json.dumps(wrong), json.dumps(wrong, indent="\t"), yaml.safe_dump(wrong)):
+        with pytest.raises(InvalidManifestsError) as caught:
+            parse(text)
+        assert f"{sentence} (document 1)" in [str(error) for error in caught.value.errors]
+
+
+def test_every_error_of_every_document_is_told_at_once() -> None:
+    text = "---\n".join(yaml.safe_dump(value) for value in (budget(per=["none", "user"]), tier(number=0), tier()))
+    with pytest.raises(InvalidManifestsError) as caught:
+        parse(text)
+    assert [(error.document, error.path) for error in caught.value.errors] == [(1, "spec.per"), (2, "spec.number")]
+
+
+def test_the_same_resource_twice_is_an_error() -> None:
+    text = "---\n".join(yaml.safe_dump(value) for value in (tier(), tier(number=2)))
+    with pytest.raises(InvalidManifestsError, match=r"Tier demo/it: is there twice, first in document 1 \(document 2\)"):
+        parse(text)
+
+
+def test_a_namespace_that_is_not_told_is_the_default_one() -> None:
+    value = tier()
+    del value["metadata"]["namespace"]
+    assert parse(yaml.safe_dump(value), "prod")[0].namespace == "prod"
+
+
+def test_what_a_server_adds_is_passed_over() -> None:
+    value = tier()
+    value["metadata"] |= {"uid": "0-0", "resourceVersion": "7", "managedFields": [{}], "finalizers": ["x"]}
+    value["status"] = {"conditions": []}
+    assert from_object(value) == from_object(tier())
+
+
+def test_a_list_stands_for_its_items() -> None:
+    value = {"apiVersion": "v1", "kind": "List", "items": [tier(), budget()]}
+    assert [manifest.kind for manifest in parse(json.dumps(value))] == ["Tier", "Budget"]
+    assert [manifest.kind for manifest in parse(json.dumps([tier(), budget()]))] == ["Tier", "Budget"]
+
+
+def test_a_spec_that_is_written_again_means_the_same() -> None:
+    for each in parse(EXAMPLES):
+        again = from_object(manifest(each.kind, wire_spec(each)))
+        assert again.spec == each.spec
+        assert wire_spec(again) == wire_spec(each)
+
+
+def test_a_default_that_is_written_out_is_not_stored() -> None:
+    written_out = budget(enforcement="Hard", window={"period": "Day", "alignment": "Calendar", "timeZone": "UTC"})
+    assert wire_spec(from_object(written_out)) == wire_spec(from_object(budget()))
+
+
+# Hostile or careless text
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "there is no manifest in it"),
+        ("---\n---\n", "there is no manifest in it"),
+        ("a: [", "line 1: expected the node content, but found '<stream end>'"),
+        ("kind: Tier\nkind: Budget\n", "line 2: the key 'kind' is there twice"),
+        ('{"kind": "Tier", "kind": "Budget"}', "the key 'kind' is there twice"),
+        ('{"number": NaN}', "NaN is no JSON number"),
+        ("just text", 'a manifest must be a mapping with apiVersion, kind, metadata and spec, got "just text"'),
+        ("? [a, b]\n: 1\n", "line 1: a key must be a plain string"),
+        ("!!python/object/apply:os.system [ls]", "could not determine a constructor for the tag"),
+        ("day: 2026-02-31", "day is out of range for month"),
+        ("a: &a [*a]", "a value contains itself"),
+        ("\x00", "special characters are not allowed"),
+        ("[" * 5000, "it is nested deeper than 40 levels"),
+        ("[" * 5000 + "]" * 5000, "it is nested deeper than 40 levels"),
+        ("- " * 100 + "a", "it is nested deeper than 40 levels"),
+        ("- &a x\n" + "- *a\n" * 101, "there are more than 100 aliases"),
+        ("---\na: 1\n" * 501, "there are more than 500 documents"),
+        ("#" * (TEXT_BYTES_MAX + 1), "the text is longer than 1048576 bytes"),
+    ],
+)
+def test_text_that_is_no_manifest_is_refused_with_a_reason(text: str, reason: str) -> None:
+    with pytest.raises(InvalidManifestsError) as caught:
+        parse(text)
+    assert reason in str(caught.value)
+
+
+def test_aliases_cannot_stand_for_millions_of_values() -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 9)]
+    with pytest.raises(InvalidManifestsError, match="its aliases stand for more than 100000 values"):
+        parse("\n".join(lines))
+
+
+def test_an_alias_within_bounds_is_fine() -> None:
+    text = EXAMPLES.replace("defaultModel: gpt-4o-mini", "defaultModel: &model gpt-4o-mini").replace(
+        'allowedModels: ["gpt-4o-mini", "gpt-4o*"]', "allowedModels: [*model]"
+    )
+    shop = parse(text)[0]
+    assert isinstance(shop, Project)
+    assert shop.spec.allowed_models == ["gpt-4o-mini"]
