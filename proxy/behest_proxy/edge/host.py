@@ -1,0 +1,100 @@
+"""What all connections of one edge share: the application, the limits, and the books of what is running."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
+from typing import Any, Protocol
+
+from behest_proxy.edge.limits import EdgeLimits
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+AsgiApplication = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class Connection(Protocol):
+    """One client connection, as the server sees it."""
+
+    def drain(self) -> None:
+        """Take no further requests, finish the running ones, then close."""
+        ...
+
+    def cut(self) -> None:
+        """End every running request visibly, then close behind what is buffered."""
+        ...
+
+    def abort(self) -> None:
+        """Drop the socket with whatever is buffered."""
+        ...
+
+
+class EdgeHost:
+    """The application and everything that is running for it. Confined to one event loop."""
+
+    def __init__(self, app: AsgiApplication, *, limits: EdgeLimits, state: dict[str, Any]) -> None:
+        self.app = app
+        self.limits = limits
+        self.state = state
+        self.loop = asyncio.get_running_loop()
+        self.draining = False
+        self.connections: set[Connection] = set()
+        self.tasks: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Event()
+
+    def add(self, connection: Connection) -> None:
+        """Book a new connection. One that arrives while draining is drained at once."""
+        self.connections.add(connection)
+        if self.draining:
+            self.loop.call_soon(connection.drain)
+
+    def remove(self, connection: Connection) -> None:
+        """Take a connection off the books; unknown ones are ignored."""
+        self.connections.discard(connection)
+        self._changed.set()
+
+    def start(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run the application for one request; the task is referenced here until it ends."""
+        task = self.loop.create_task(coroutine)
+        self.tasks.add(task)
+        task.add_done_callback(self._task_done)
+        return task
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        self.tasks.discard(task)
+        self._changed.set()
+
+    def drain(self) -> None:
+        """Drain every connection. Idempotent."""
+        self.draining = True
+        for connection in list(self.connections):
+            connection.drain()
+
+    def cut(self) -> None:
+        """Cut every connection."""
+        for connection in list(self.connections):
+            connection.cut()
+
+    def abort(self) -> None:
+        """Abort every connection."""
+        for connection in list(self.connections):
+            connection.abort()
+
+    async def wait_until_idle(self, *, timeout_s: float) -> bool:
+        """Wait until no connection and no task is left; False when the time ran out first."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self.connections or self.tasks:
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def cancel_tasks(self, *, timeout_s: float) -> None:
+        """Cancel the tasks that are left and wait for them, at most so long."""
+        tasks = set(self.tasks)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=timeout_s)
