@@ -1,0 +1,127 @@
+"""The simulator's words: text cut into whole tokens of OpenAI's o200k_base vocabulary, a function of a seed.
+
+Every made-up word is one token wherever it stands, because the vocabulary's first pass cuts before each word
+that begins with a space. So the count of the whole text is the sum of the counts of its pieces, however they
+are grouped, and a gateway that counts either way must come to the usage that the simulator reports.
+"""
+
+from collections.abc import Iterable, Iterator
+from functools import cache
+from typing import NamedTuple, Protocol
+
+from rs_bpe.bpe import openai
+
+_PREFACE = "This is simulated text, made by behest-sim."
+_SENTENCE_TOKENS = 12
+_WORDS = """
+the a of and to in is that for it with as was on be at by this have from or one had not but what all were
+when we there can an your which their said if do will each about how up out them then she many some so
+these would other into has more her two like him see time could no make than first been its who now
+people my made over did down only way find use may water long little very after words called just where
+most know get through back much go good new write our used me man too any day same right look think also
+around another came come work three must because does part even place well such here take why things help
+put years different away again off went old number great tell men say small every found still between
+name should home big give air line set own under read last never us left end along while might next sound
+below saw something thought both few those always show large often together asked house world going want
+school important until form food keep children feet land side
+"""
+
+_MASK = (1 << 64) - 1
+
+
+class Piece(NamedTuple):
+    """Text that begins and ends between tokens."""
+
+    text: str
+    tokens: int
+
+
+class Tokenizer(Protocol):
+    """What is used of `rs_bpe`, which ships no types."""
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of a text."""
+        ...
+
+    def decode(self, tokens: list[int]) -> str | None:
+        """The text of these tokens; None where they end inside a character."""
+        ...
+
+    def count(self, text: str) -> int:
+        """The number of tokens of a text."""
+        ...
+
+
+@cache
+def tokenizer() -> Tokenizer:
+    """The o200k_base vocabulary, loaded once."""
+    loaded: Tokenizer = openai.o200k_base()
+    return loaded
+
+
+@cache
+def _preface() -> tuple[Piece, ...]:
+    return tuple(pieces_of(_PREFACE))
+
+
+@cache
+def _vocabulary() -> tuple[Piece, ...]:
+    return tuple(Piece(f" {word}", 1) for word in _WORDS.split())
+
+
+_FULL_STOP = Piece(".", 1)
+
+
+def made_up(seed: int, stream: int) -> Iterator[Piece]:
+    """Endless simulated text, one token a piece; `stream` tells the texts of one seed apart."""
+    yield from _preface()
+    yield from made_up_words(seed, stream)
+
+
+def made_up_words(seed: int, stream: int) -> Iterator[Piece]:
+    """Endless words and full stops without the preface, one token a piece."""
+    vocabulary = _vocabulary()
+    size = len(vocabulary)
+    # A linear congruential generator (Knuth's MMIX constants): cheap, and the same on every Python.
+    state = (seed * 0x9E3779B97F4A7C15 + stream * 0xD1B54A32D192ED03 + 1) & _MASK
+    while True:
+        for _ in range(_SENTENCE_TOKENS - 1):
+            state = (state * 6364136223846793005 + 1442695040888963407) & _MASK
+            yield vocabulary[(state >> 40) % size]
+        yield _FULL_STOP
+
+
+def pieces_of(text: str) -> Iterator[Piece]:
+    """The text token by token; tokens that end inside a character come together with the next ones."""
+    waiting: list[int] = []
+    decode = tokenizer().decode
+    for token in tokenizer().encode(text):
+        waiting.append(token)
+        piece = decode(waiting)
+        if piece is not None:
+            yield Piece(piece, len(waiting))
+            waiting = []
+
+
+def without_beginning(pieces: Iterable[Piece], said: str) -> Iterator[Piece] | None:
+    """What comes after `said`, or None where `said` is not the beginning of the text.
+
+    A piece of which `said` holds only a part counts whole: the tokens of its rest are not known better.
+    """
+    rest = iter(pieces)
+    while said:
+        piece = next(rest, None)
+        if piece is None:
+            return None
+        if said.startswith(piece.text):
+            said = said[len(piece.text) :]
+        elif piece.text.startswith(said):
+            return _chain(Piece(piece.text[len(said) :], piece.tokens), rest)
+        else:
+            return None
+    return rest
+
+
+def _chain(first: Piece, rest: Iterator[Piece]) -> Iterator[Piece]:
+    yield first
+    yield from rest
