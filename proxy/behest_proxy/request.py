@@ -1,0 +1,228 @@
+"""A chat completion request: what it asks, what it may cost at most, and how it goes on to the provider.
+
+Only members that cost money, choose the answer's form or shape the bound are looked at; every other member goes on
+as it came. A member that would cost what cannot be bounded yet is refused by name, never passed on in silence.
+"""
+
+from typing import Any
+
+import msgspec
+
+from behest_proxy.errors import InvalidRequest
+from behest_proxy.members import members_of
+from behest_proxy.models import ModelFacts
+from behest_proxy.tokens import TokenCounter
+
+CHOICES_MAX = 128
+PROMPT_TOKENIZED_BYTES_MAX = 32 * 1024
+"""Prompts up to here are tokenized at admission; above, their bytes are the bound (1 MB would take 28 ms)."""
+# What chat templates and tool definitions put around the text. Exact for the tokenizers of OpenAI's models, as their
+# cookbook documents; for others the generous constants cover templates and default system prompts.
+_TOKENS_PER_REPLY = 3
+_TOKENS_PER_MESSAGE = 3
+_TOOLS_OVERHEAD_TOKENS = 16
+_FOREIGN_TOKENS_PER_MESSAGE = 8
+_FOREIGN_OVERHEAD_TOKENS = 64
+
+
+class _Part(msgspec.Struct):
+    type: str
+    text: str | None = None
+    refusal: str | None = None
+
+
+class _Message(msgspec.Struct):
+    role: str
+    content: str | list[_Part] | None = None
+    name: str | None = None
+    refusal: str | None = None
+    tool_calls: list[msgspec.Raw] | None = None
+    function_call: msgspec.Raw | None = None
+
+
+class _StreamOptions(msgspec.Struct):
+    include_usage: bool | None = None
+
+
+class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """What a caller asks, checked. `members` holds everything as it came."""
+
+    members: dict[str, msgspec.Raw]
+    model: str | None
+    """None: the project's default."""
+    messages: list[_Message]
+    stream: bool
+    include_usage: bool
+    choices: int
+    output_limit_tokens: int | None
+    """The caller's own limit per choice; None: none was given."""
+    bounded_input: bool
+    """False: images, audio or files, whose tokens cannot be counted here."""
+
+
+class InputCount(msgspec.Struct, frozen=True):
+    """The input's tokens: the best count, and the most that it can be."""
+
+    best_tokens: int
+    bound_tokens: int
+    exact: bool
+    """The best count comes from the text itself, not from its length."""
+
+
+def _typed(members: dict[str, msgspec.Raw], key: str, type_: Any) -> Any:
+    raw = members.get(key)
+    if raw is None:
+        return None
+    try:
+        return msgspec.json.decode(raw, type=type_ | None)
+    except msgspec.ValidationError as error:
+        # "Expected `str`, got `int` - at `$[0].role`"
+        text, _, path = str(error).partition(" - at `$")
+        param = key + path.rstrip("`")
+        raise InvalidRequest(f"{param}: {text[:1].lower()}{text[1:]}", param=param) from None
+    except RecursionError:
+        raise InvalidRequest(f"{key} is nested too deeply", param=key) from None
+
+
+def _refused(members: dict[str, msgspec.Raw], key: str, why: str, *allowed: Any) -> None:
+    """Refuse a member unless it is absent, null, or one of the values that cost nothing more."""
+    raw = members.get(key)
+    if raw is None:
+        return
+    value = _typed(members, key, Any)
+    if value is not None and value not in allowed:
+        raise InvalidRequest(f"{key}: {why}", param=key)
+
+
+_KNOWN = frozenset(
+    "model messages stream stream_options n max_tokens max_completion_tokens best_of prediction modalities audio"
+    " service_tier web_search_options models route provider plugins tools functions response_format".split()
+)
+
+
+def parse(body: bytes) -> ChatRequest:
+    """The request in a body.
+
+    Raises `InvalidRequest`, which names the member, for what is malformed, repeated, or would cost what cannot be
+    bounded.
+    """
+    members = members_of(body)
+    for key in members:
+        if key not in _KNOWN and key.lower() in _KNOWN:
+            raise InvalidRequest(f"{key!r} is not a member: did you mean {key.lower()!r}?", param=key)
+    messages: list[_Message] | None = _typed(members, "messages", list[_Message])
+    if not messages:
+        raise InvalidRequest("messages: at least one message is needed", param="messages")
+    model = _typed(members, "model", str)
+    options: _StreamOptions | None = _typed(members, "stream_options", _StreamOptions)
+    choices = _in_range(members, "n", 1, CHOICES_MAX)
+    _refused(members, "best_of", "is not supported here: use n", 1)
+    _refused(members, "prediction", "predicted output is billed beyond what is seen and is not supported here")
+    _refused(members, "modalities", "only text can be metered", ["text"], [])
+    _refused(members, "audio", "only text can be metered")
+    _refused(members, "service_tier", "only the default tier is priced here", "auto", "default")
+    _refused(members, "web_search_options", "searches by the provider are billed apart and are not supported here")
+    for key in ("models", "route", "provider", "plugins"):
+        _refused(members, key, "would let the provider choose what is billed; the upstream does not allow it")
+    limits = [
+        limit
+        for key in ("max_completion_tokens", "max_tokens")
+        if (limit := _in_range(members, key, 1, 2**31 - 1)) is not None
+    ]
+    return ChatRequest(
+        members=members,
+        model=model if model not in ("", "default") else None,
+        messages=messages,
+        stream=bool(_typed(members, "stream", bool)),
+        include_usage=bool(options and options.include_usage),
+        choices=choices or 1,
+        output_limit_tokens=min(limits) if limits else None,
+        bounded_input=all(
+            part.type in ("text", "refusal")
+            for message in messages
+            if isinstance(message.content, list)
+            for part in message.content
+        ),
+    )
+
+
+def _in_range(members: dict[str, msgspec.Raw], key: str, low: int, high: int) -> int | None:
+    value: int | None = _typed(members, key, int)
+    if value is not None and not low <= value <= high:
+        raise InvalidRequest(f"{key}: must be from {low} to {high}, got {value}", param=key)
+    return value
+
+
+def count_input(request: ChatRequest, counter: TokenCounter, facts: ModelFacts) -> InputCount:
+    """The tokens of the input.
+
+    Raises `InvalidRequest` where they have no bound: content that is no text, for a model whose context limit is
+    not known.
+    """
+    texts = list(_texts(request))
+    size_bytes = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+    messages = len(request.messages)
+    if size_bytes <= PROMPT_TOKENIZED_BYTES_MAX:
+        tokens = sum(map(counter.count, texts))
+        exact = True
+    else:
+        # Four bytes a token is what prose of Latin script has; the bound does not depend on it.
+        tokens = (size_bytes + 3) // 4
+        exact = False
+    best = tokens + _TOKENS_PER_REPLY + _TOKENS_PER_MESSAGE * messages
+    if exact and counter.exact:
+        bound = best + (_TOOLS_OVERHEAD_TOKENS if "tools" in request.members or "functions" in request.members else 0)
+    else:
+        bound = size_bytes + _FOREIGN_OVERHEAD_TOKENS + _FOREIGN_TOKENS_PER_MESSAGE * messages
+    if not request.bounded_input:
+        if facts.context_limit_tokens is None:
+            raise InvalidRequest(
+                "messages: images, audio and files cannot be counted here, and the model's context limit is not known:"
+                " set contextLimit on its Upstream",
+                param="messages",
+            )
+        bound = max(bound, facts.context_limit_tokens)
+    return InputCount(best_tokens=best, bound_tokens=bound, exact=exact)
+
+
+def _texts(request: ChatRequest) -> Any:
+    for message in request.messages:
+        yield message.role
+        if isinstance(message.content, str):
+            yield message.content
+        elif message.content is not None:
+            for part in message.content:
+                yield part.text or part.refusal or ""
+        for text in (message.name, message.refusal):
+            if text:
+                yield text
+        for call in message.tool_calls or ():
+            yield bytes(call).decode("utf-8", "replace")
+        if message.function_call is not None:
+            yield bytes(message.function_call).decode("utf-8", "replace")
+    for key in ("tools", "functions", "response_format"):
+        if key in request.members:
+            yield bytes(request.members[key]).decode("utf-8", "replace")
+
+
+def upstream_body(
+    request: ChatRequest, *, model: str, ask_usage: bool, clamp_field: str, clamp_tokens: int | None
+) -> bytes:
+    """The body for the provider: the caller's members, with ours in the place of those that cost or route.
+
+    The answer is always streamed, so that it can be stopped; `clamp_tokens` is the most that each choice may
+    generate, None leaves the caller's own limit as it is.
+    """
+    members = dict(request.members)
+    members["model"] = msgspec.Raw(msgspec.json.encode(model))
+    members["stream"] = msgspec.Raw(b"true")
+    if ask_usage:
+        options: dict[str, Any] = _typed(members, "stream_options", dict[str, Any]) or {}
+        members["stream_options"] = msgspec.Raw(msgspec.json.encode({**options, "include_usage": True}))
+    else:
+        members.pop("stream_options", None)
+    if clamp_tokens is not None:
+        members.pop("max_tokens", None)
+        members.pop("max_completion_tokens", None)
+        members[clamp_field] = msgspec.Raw(b"%d" % clamp_tokens)
+    return msgspec.json.encode(members)
