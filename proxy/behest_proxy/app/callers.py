@@ -1,0 +1,34 @@
+"""Who calls, and for which project: the same first steps of every endpoint that wants a token."""
+
+from collections.abc import Sequence
+
+from behest_ledger.configuration.snapshot import ProjectEntry
+from behest_proxy.app.context import RequestContext
+from behest_proxy.app.gateway import Gateway
+from behest_proxy.app.origins import project_allows
+from behest_proxy.errors import Forbidden
+from behest_proxy.identity.bearer import bearer_of
+from behest_proxy.identity.caller import Caller
+
+
+def caller_of(gateway: Gateway, headers: Sequence[tuple[bytes, bytes]], now_s: float) -> Caller:
+    """The caller whom the Authorization header proves.
+
+    Raises `InvalidToken` and `Forbidden`.
+    """
+    return gateway.verifier.verify(bearer_of([value for name, value in headers if name == b"authorization"]), now_s)
+
+
+def project_of(gateway: Gateway, caller: Caller, context: RequestContext) -> ProjectEntry:
+    """The caller's project. From here on only origins that this project allows may read the answer.
+
+    Raises `Forbidden` for a project that is unknown or suspended.
+    """
+    project = gateway.configuration.project(caller.tenant_id, caller.project_id)
+    if project is None:
+        raise Forbidden("the token's project does not exist", details={"reason": "unknown_project"})
+    if context.origin:
+        context.allow_origin = project_allows(project, context.origin.decode("latin-1"))
+    if project.suspended:
+        raise Forbidden("the project is suspended", details={"reason": "suspended", "what": "project"})
+    return project

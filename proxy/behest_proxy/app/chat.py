@@ -1,0 +1,257 @@
+"""`POST /v1/chat/completions`: from a verified caller and a body to a conducted exchange."""
+
+import os
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import msgspec
+
+from behest_ledger.configuration.kinds import UpstreamSpec
+from behest_ledger.configuration.routing import Route, RoutingError, route
+from behest_ledger.configuration.snapshot import ProjectEntry
+from behest_ledger.holds import Admission, Granted
+from behest_ledger.prices.manifest import prices_from_manifest
+from behest_ledger.prices.rates import Rates
+from behest_ledger.token_counts import TokenCounts
+from behest_proxy.actions import Fail
+from behest_proxy.app.callers import caller_of, project_of
+from behest_proxy.app.client_stream import QueuedStream, client_stream
+from behest_proxy.app.conduct import Conduct
+from behest_proxy.app.context import RequestContext, context_of
+from behest_proxy.app.gateway import Gateway
+from behest_proxy.app.messages import JSON, ClientLeftError, read_body, send_answer, send_error
+from behest_proxy.errors import Draining, InvalidRequest, ServerError
+from behest_proxy.exchange import Exchange, Terms
+from behest_proxy.holding import HoldPlan, limit_for, plan
+from behest_proxy.identity.caller import Caller
+from behest_proxy.identity.session import NO_SESSION, session_of
+from behest_proxy.models import ModelFacts, facts_for
+from behest_proxy.request import ChatRequest, InputCount, count_input, parse, upstream_body
+from behest_proxy.tokens import TokenCounter, counter_for
+from behest_proxy.upstream import UpstreamRequest
+
+_PROTOCOLS: Mapping[str, Any] = {"Auto": "auto", "HTTP1": "http1", "HTTP2": "http2"}
+CONNECT_TIMEOUT_S = 10.0
+FIRST_BYTE_TIMEOUT_S = 120.0
+IDLE_TIMEOUT_S = 60.0
+
+
+class _Model(NamedTuple):
+    """What is known of the model that serves a request."""
+
+    route: Route
+    rates: Rates
+    facts: ModelFacts
+    counter: TokenCounter
+
+
+class ChatCompletions:
+    """The endpoint, an ASGI application."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """ASGI."""
+        gateway = self._gateway
+        context = context_of(scope)
+        headers = scope["headers"]
+        caller = caller_of(gateway, headers, time.time())
+        if gateway.draining:
+            raise Draining("this process is going away; ask again", retry_after_s=1)
+        project = project_of(gateway, caller, context)
+        session = session_of(caller, [value for name, value in headers if name == b"x-session-id"])
+        if project.require_session and session == NO_SESSION:
+            raise InvalidRequest("this project needs a session: send X-Session-Id", param="X-Session-Id")
+        try:
+            body = await read_body(receive, headers, bytes_max=gateway.settings.body_bytes_max)
+        except ClientLeftError:
+            return
+        request = parse(body)
+        model = self._model_for(project, request, caller)
+        input_count = count_input(request, model.counter, model.facts)
+        hold = plan(request, model.facts, model.rates, input_count)
+        client = client_stream(scope, receive, send)
+        conduct = Conduct(
+            gateway,
+            admission=_admission(gateway, context, caller, session, project, model, hold),
+            rates=model.rates,
+            exchange=lambda grant: _exchange(request, model, hold, input_count, grant),
+            upstream_request=lambda grant: _upstream_request(request, model, hold, grant, context),
+            client=client,
+            context=context,
+        )
+        gateway.conduct(conduct)
+        if isinstance(client, QueuedStream):
+            await _queued(client, conduct)
+        answer = await conduct.answered
+        if answer is None or client.gone:
+            return
+        if isinstance(answer, Fail):
+            await send_error(send, answer.error)
+        else:
+            await send_answer(send, answer.status, answer.body, [JSON, *answer.headers])
+
+    def _model_for(self, project: ProjectEntry, request: ChatRequest, caller: Caller) -> _Model:
+        gateway = self._gateway
+        tier = gateway.configuration.tier(project, caller.tier)
+        try:
+            found = route(gateway.configuration, project, request.model, tier=tier)
+        except RoutingError as error:
+            raise InvalidRequest(error.message, param="model") from None
+        rates = _rates(gateway, found)
+        if rates is None:
+            raise InvalidRequest(
+                f"the model {found.model!r} has no price here: price it on its Upstream, or say that it is free",
+                code="unpriced_model",
+                param="model",
+            )
+        return _Model(found, rates, _facts(found), counter_for(found.upstream_name))
+
+
+async def _queued(client: QueuedStream, conduct: Conduct) -> None:
+    """Send and watch under a server without direct writes, until the answer is decided."""
+    import asyncio
+
+    async with asyncio.TaskGroup() as group:
+        watching = group.create_task(client.watch())
+        sending = group.create_task(client.run())
+        answer = await asyncio.shield(conduct.answered)
+        watching.cancel()
+        if answer is not None or client.gone:
+            sending.cancel()
+
+
+def _rates(gateway: Gateway, found: Route) -> Rates | None:
+    if found.entry is not None:
+        rates = prices_from_manifest(found.entry, upstream=found.upstream.qualified_name)
+        if rates is not None:
+            return rates
+    book = gateway.book
+    if book is None:
+        return None
+    provider = found.provider or book.provider_for_url(found.upstream.spec.base_url)
+    return book.resolve(provider, found.upstream_name)
+
+
+def _facts(found: Route) -> ModelFacts:
+    facts = facts_for(found.upstream_name)
+    entry = found.entry
+    if entry is None:
+        return facts
+    said = {
+        "visible_only": entry.visible_only,
+        "context_limit_tokens": entry.context_limit,
+        "output_limit_tokens": entry.output_limit,
+    }
+    said = {name: value for name, value in said.items() if value is not None}
+    return msgspec.structs.replace(facts, **said) if said else facts
+
+
+def _admission(
+    gateway: Gateway,
+    context: RequestContext,
+    caller: Caller,
+    session: str,
+    project: ProjectEntry,
+    model: _Model,
+    hold: HoldPlan,
+) -> Admission:
+    attribution = project.spec.attribution
+    attributes = {
+        "namespace": project.namespace,
+        "project": project.project_id,
+        "user": caller.user_id,
+        "session": session,
+        "model": model.route.model,
+        "upstream": model.route.upstream.qualified_name,
+        "upstream_model": model.route.upstream_name,
+    }
+    tier = gateway.configuration.tier(project, caller.tier)
+    if tier is not None:
+        attributes["tier"] = tier.name
+    if attribution is not None:
+        for name in ("team", "cost_center"):
+            value = getattr(attribution, name)
+            if value is not None:
+                attributes[name] = value
+    return Admission(
+        tenant_id=caller.tenant_id,
+        request_id=context.request_id,
+        holder_id=gateway.holder_id,
+        attributes=attributes,
+        price_key=model.rates.price_key,
+        input_tokens=hold.input_tokens,
+        input_amount_pico=hold.input_amount_pico,
+        output_rate_pico=hold.output_rate_pico,
+        need_tokens=hold.need_tokens,
+        want_tokens=hold.want_tokens,
+        shares=hold.shares,
+    )
+
+
+def _exchange(
+    request: ChatRequest, model: _Model, hold: HoldPlan, input_count: InputCount, grant: Granted | None
+) -> Exchange:
+    granted_tokens = grant.output_tokens if grant is not None else hold.want_tokens
+    limit = limit_for(hold, granted_tokens=granted_tokens, choices=request.choices)
+    hidden = model.route.entry.hidden_tokens_per_second if model.route.entry is not None else None
+    return Exchange(
+        Terms(
+            streamed=request.stream,
+            include_usage=request.include_usage,
+            choices=request.choices,
+            input_counts=TokenCounts(input=input_count.best_tokens),
+            count=model.counter.count,
+            ratio=model.counter.ratio,
+            amount_pico=model.rates.amount_pico,
+            metered=hold.metered,
+            clamp_tokens=limit.send_tokens if limit.lowered_by_budget else None,
+            cap_tokens=limit.cap_tokens,
+            hidden_tokens_per_second=0 if hold.metered else hidden or 0,
+        )
+    )
+
+
+def _upstream_request(
+    request: ChatRequest, model: _Model, hold: HoldPlan, grant: Granted, context: RequestContext
+) -> UpstreamRequest:
+    spec = model.route.upstream.spec
+    limit = limit_for(hold, granted_tokens=grant.output_tokens, choices=request.choices)
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"accept", b"text/event-stream"),
+        (b"user-agent", b"behest"),
+        (b"x-request-id", str(context.request_id).encode()),
+        (b"traceparent", b"00-%b-%b-01" % (context.trace_id, os.urandom(8).hex().encode())),
+    ]
+    key = _provider_key(spec)
+    if key is not None:
+        headers.append((b"authorization", b"Bearer " + key.encode()))
+    return UpstreamRequest(
+        method="POST",
+        url=spec.base_url.rstrip("/") + "/chat/completions",
+        headers=headers,
+        body=upstream_body(
+            request,
+            model=model.route.upstream_name,
+            ask_usage=spec.capabilities.usage_in_stream,
+            clamp_field=model.facts.clamp_field,
+            clamp_tokens=limit.send_tokens,
+        ),
+        protocol=_PROTOCOLS[spec.protocol],
+        connect_timeout_s=spec.timeouts.connect_seconds or CONNECT_TIMEOUT_S,
+        first_byte_timeout_s=spec.timeouts.first_byte_seconds or FIRST_BYTE_TIMEOUT_S,
+        idle_timeout_s=spec.timeouts.idle_seconds or IDLE_TIMEOUT_S,
+    )
+
+
+def _provider_key(spec: UpstreamSpec) -> str | None:
+    """The provider's key, where the upstream names one. Raises `ServerError` where it is named and not there."""
+    if spec.credentials is None or spec.credentials.env is None:
+        return None
+    key = os.environ.get(spec.credentials.env, "").strip()
+    if not key:
+        raise ServerError("the provider's key is not configured")
+    return key

@@ -1,0 +1,324 @@
+"""Conducts one exchange: carries out what it decides, and tells it what happens.
+
+It is the owner of the request: it outlives the client's task, so that whatever becomes of the client, the provider is
+stopped and the books are written. It decides nothing itself.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from behest_ledger.charging import Outcome
+from behest_ledger.holds import Admission, Answer, Granted, Settlement, UsageLine
+from behest_ledger.prices.rates import Rates
+from behest_ledger.store.credit import Account
+from behest_ledger.store.errors import LedgerError
+from behest_proxy.actions import (
+    Action,
+    AskCredit,
+    Begin,
+    CallUpstream,
+    CancelUpstream,
+    Fail,
+    Finish,
+    Linger,
+    Pause,
+    Respond,
+    Resume,
+    Settle,
+    Write,
+)
+from behest_proxy.app.client_stream import ClientStream
+from behest_proxy.app.context import RequestContext
+from behest_proxy.errors import ShownError, UpstreamTimeout
+from behest_proxy.exchange import Exchange, Phase
+from behest_proxy.sse import KEEP_ALIVE
+from behest_proxy.upstream import UpstreamCall, UpstreamFailure, UpstreamRequest
+
+if TYPE_CHECKING:
+    from behest_proxy.app.gateway import Gateway
+
+logger = logging.getLogger(__name__)
+
+LINGER_S = 2.0
+"""How long a provider's usage is waited for once the client has left with everything."""
+UPSTREAM_TAIL_S = 1.0
+"""How long a provider may take to end its body after `[DONE]`, so that its connection can be used again."""
+
+STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream"),
+    (b"cache-control", b"no-cache, no-transform"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+class Conduct:
+    """One request's owner, and the handler of its upstream call."""
+
+    def __init__(
+        self,
+        gateway: "Gateway",
+        *,
+        admission: Admission,
+        rates: Rates,
+        exchange: Callable[[Granted | None], Exchange],
+        upstream_request: Callable[[Granted], UpstreamRequest],
+        client: ClientStream,
+        context: RequestContext,
+    ) -> None:
+        """`exchange` and `upstream_request` are made when the ledger's answer is known: it sets the limit."""
+        self._gateway = gateway
+        self._loop = asyncio.get_running_loop()
+        self._admission = admission
+        self._rates = rates
+        self._make_exchange = exchange
+        self._make_upstream_request = upstream_request
+        self._client = client
+        self._context = context
+        self._exchange: Exchange | None = None
+        self._grant: Granted | None = None
+        self._account: Account | None = None
+        self._call: UpstreamCall | None = None
+        self._client_left = False
+        self._credit_paused = False
+        self._client_paused = False
+        self._last_write_s = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._stall_timer: asyncio.TimerHandle | None = None
+        self._started_s = self._loop.time()
+        self._first_byte_s: float | None = None
+        self._upstream_done = False
+        self.answered: asyncio.Future[Respond | Fail | None] = self._loop.create_future()
+        """What the endpoint has to send; None: the answer was streamed, or nobody is there to read one."""
+        client.on_gone = self._on_client_gone
+        client.on_resume = self._on_client_resume
+
+    @property
+    def admission(self) -> Admission:
+        """What was asked of the ledger: whose request it is."""
+        return self._admission
+
+    async def admit(self) -> None:
+        """Ask the ledger, and begin. Returns when the request is under way or refused."""
+        answer: Answer | None
+        try:
+            answer = await self._gateway.admit(self._admission)
+        except LedgerError as error:
+            logger.warning("admission of %s: %s", self._context.request_id, error)
+            answer = None
+        if isinstance(answer, Granted):
+            self._grant = answer
+            self._account = self._gateway.desk.open(
+                self._admission.tenant_id, self._admission.request_id, answer.windows
+            )
+        self._exchange = self._make_exchange(self._grant)
+        if self._client_left:
+            self._perform(self._exchange.client_gone(self._loop.time()))
+        self._perform(self._exchange.admitted(answer, self._loop.time()))
+        if self._exchange.phase is Phase.ENDED:
+            self._gateway.ended(self)
+
+    def stop(self, outcome: Outcome, error: ShownError) -> None:
+        """End the request from outside."""
+        if self._exchange is not None:
+            self._perform(self._exchange.stop(outcome, error, self._loop.time()))
+
+    # --- the upstream call's handler ---------------------------------------------------------------------------
+
+    def on_request_sent(self) -> None:
+        """See `UpstreamHandler`."""
+        assert self._exchange is not None
+        self._perform(self._exchange.request_sent(self._loop.time()))
+
+    def on_head(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        """See `UpstreamHandler`."""
+        assert self._exchange is not None
+        self._perform(self._exchange.upstream_head(status, headers, self._loop.time()))
+
+    def on_data(self, data: bytes) -> None:
+        """See `UpstreamHandler`. The way of a chunk: one synchronous walk to the client's socket."""
+        assert self._exchange is not None
+        now_s = self._loop.time()
+        if self._first_byte_s is None:
+            self._first_byte_s = now_s
+        for action in self._exchange.upstream_data(data, now_s):
+            if action.__class__ is Write:
+                self._write(action.data, now_s)
+            else:
+                self._perform([action])
+
+    def on_end(self) -> None:
+        """See `UpstreamHandler`."""
+        assert self._exchange is not None
+        self._upstream_done = True
+        self._perform(self._exchange.upstream_end(self._loop.time()))
+
+    def on_failure(self, failure: UpstreamFailure) -> None:
+        """See `UpstreamHandler`."""
+        assert self._exchange is not None
+        self._upstream_done = True
+        logger.info("upstream of %s: %s", self._context.request_id, failure.message)
+        self._perform(self._exchange.upstream_failed(failure.kind, self._loop.time()))
+
+    # --- carrying out ------------------------------------------------------------------------------------------
+
+    def _perform(self, actions: Sequence[Action]) -> None:
+        for action in actions:
+            match action:
+                case Write(data):
+                    self._write(data, self._loop.time())
+                case AskCredit(need_tokens, want_tokens, is_short):
+                    assert self._account is not None
+                    self._gateway.desk.ask(
+                        self._account,
+                        need_tokens=need_tokens,
+                        want_tokens=want_tokens,
+                        may_wait=is_short,
+                        answer=self._on_credit,
+                    )
+                case CallUpstream():
+                    self._call_upstream()
+                case Begin():
+                    self._begin()
+                case Finish():
+                    self._client.end()
+                    self._answer(None)
+                case Pause():
+                    self._credit_paused = True
+                    self._pause()
+                case Resume():
+                    self._credit_paused = False
+                    self._resume()
+                case CancelUpstream():
+                    self._cancel_upstream()
+                case Linger():
+                    self._loop.call_later(LINGER_S, self._on_lingered)
+                case Respond() | Fail():
+                    self._answer(action)
+                case Settle():
+                    self._settle(action)
+
+    def _call_upstream(self) -> None:
+        assert self._grant is not None
+        self._call = self._gateway.upstream.send(self._make_upstream_request(self._grant), self)
+
+    def _begin(self) -> None:
+        self._client.begin(200, [*STREAM_HEADERS, *self._context.headers()])
+        self._last_write_s = self._loop.time()
+        self._timer = self._loop.call_later(self._gateway.settings.keep_alive_s, self._keep_alive)
+
+    def _write(self, data: bytes, now_s: float) -> None:
+        self._last_write_s = now_s
+        self._client.write(data)
+        if self._client.paused and not self._client_paused:
+            self._client_paused = True
+            self._stall_timer = self._loop.call_later(self._gateway.settings.client_stall_s, self._on_stall)
+            self._pause()
+
+    def _settle(self, action: Settle) -> None:
+        for timer in (self._timer, self._stall_timer):
+            if timer is not None:
+                timer.cancel()
+        now_s = self._loop.time()
+        facts: dict[str, Any] = {
+            **action.facts,
+            "trace_id": self._context.trace_id.decode(),
+            "duration_ms": round((now_s - self._started_s) * 1000),
+        }
+        if self._first_byte_s is not None:
+            facts["first_byte_ms"] = round((self._first_byte_s - self._started_s) * 1000)
+        charge = action.charge
+        sent = charge.sent
+        # A fee per request is owed where anything is: what was refused or never sent costs nothing at all.
+        lines = self._rates.lines(charge.counts, requests=0 if charge.source == "none" else 1)
+        if self._account is not None:
+            self._gateway.desk.ended(self._account)
+        self._gateway.writer.submit(
+            Settlement(
+                tenant_id=self._admission.tenant_id,
+                request_id=self._admission.request_id,
+                state="settled" if sent else "void",
+                outcome=action.outcome,
+                source=charge.source,
+                requests=int(sent),
+                input_tokens=charge.counts.input_tokens,
+                output_tokens=charge.counts.output_tokens,
+                amount_pico=sum(line.amount_pico for line in lines),
+                lines=[
+                    UsageLine(
+                        class_=line.token_class,
+                        quantity=line.quantity,
+                        rate_pico=line.rate_pico,
+                        amount_pico=line.amount_pico,
+                        source=charge.source,
+                    )
+                    for line in lines
+                ],
+                facts=facts,
+            )
+        )
+        self._gateway.ended(self)
+        self._answer(None)
+        if self._call is not None and not self._upstream_done:
+            self._loop.call_later(UPSTREAM_TAIL_S, self._cancel_upstream)
+
+    def _answer(self, answer: Respond | Fail | None) -> None:
+        if not self.answered.done():
+            self.answered.set_result(answer)
+
+    def _cancel_upstream(self) -> None:
+        if self._call is not None:
+            self._call.cancel()
+
+    # --- pauses ------------------------------------------------------------------------------------------------
+
+    def _pause(self) -> None:
+        if self._call is not None:
+            self._call.pause()
+
+    def _resume(self) -> None:
+        if self._call is not None and not self._credit_paused and not self._client_paused:
+            self._call.resume()
+
+    def _on_client_resume(self) -> None:
+        self._client_paused = False
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+        self._resume()
+
+    def _on_stall(self) -> None:
+        error = UpstreamTimeout("the client read nothing for too long")
+        self._client.on_gone = None
+        if self._exchange is not None:
+            actions = self._exchange.client_gone(self._loop.time())
+            self._client.reset()
+            self._perform(actions)
+        logger.info("request %s: %s", self._context.request_id, error.message)
+
+    # --- what happens meanwhile --------------------------------------------------------------------------------
+
+    def _on_client_gone(self) -> None:
+        self._client_left = True
+        if self._exchange is not None:
+            self._perform(self._exchange.client_gone(self._loop.time()))
+        self._answer(None)
+
+    def _on_lingered(self) -> None:
+        assert self._exchange is not None
+        self._perform(self._exchange.lingered(self._loop.time()))
+        self._cancel_upstream()
+
+    def _on_credit(self, answer: Answer | LedgerError) -> None:
+        assert self._exchange is not None
+        self._perform(self._exchange.credit(None if isinstance(answer, LedgerError) else answer, self._loop.time()))
+
+    def _keep_alive(self) -> None:
+        every_s = self._gateway.settings.keep_alive_s
+        due_s = self._last_write_s + every_s - self._loop.time()
+        if due_s <= 0:
+            if not self._client.paused:
+                self._client.write(KEEP_ALIVE)
+                self._last_write_s = self._loop.time()
+            due_s = every_s
+        self._timer = self._loop.call_later(due_s, self._keep_alive)

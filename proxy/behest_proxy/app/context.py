@@ -1,0 +1,53 @@
+"""What belongs to one HTTP request from the border on: its ids and the headers that every answer carries."""
+
+import os
+import re
+import time
+from collections.abc import Iterable
+from typing import Any, cast
+from uuid import UUID
+
+from behest_ledger.request_id import request_id
+
+_TRACEPARENT = re.compile(rb"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}.*")
+"""W3C Trace Context, section 3.2; a later version may have more behind."""
+
+EXPOSED_HEADERS = b"x-trace-id, x-request-id, retry-after, x-ratelimit-*, x-behest-*"
+
+
+class RequestContext:
+    """Made by the border, found by everybody else in the scope."""
+
+    __slots__ = ("allow_origin", "origin", "request_id", "trace_id")
+
+    def __init__(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        self.request_id: UUID = request_id(time.time_ns() // 1_000_000, int.from_bytes(os.urandom(10)))
+        """Ours, and also the id of the hold: never a provider's or a client's."""
+        self.trace_id = b""
+        self.origin = b""
+        self.allow_origin = False
+        """Whether a script of that origin may read the answer."""
+        for name, value in headers:
+            if name == b"traceparent":
+                match = _TRACEPARENT.fullmatch(value)
+                if match and match[1].strip(b"0"):
+                    self.trace_id = match[1]
+            elif name == b"origin":
+                self.origin = value
+        if not self.trace_id:
+            self.trace_id = os.urandom(16).hex().encode()
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """The headers that every answer carries."""
+        headers = [(b"x-request-id", str(self.request_id).encode()), (b"x-trace-id", self.trace_id)]
+        if self.origin:
+            headers.append((b"vary", b"origin"))
+            if self.allow_origin:
+                headers.append((b"access-control-allow-origin", self.origin))
+                headers.append((b"access-control-expose-headers", EXPOSED_HEADERS))
+        return headers
+
+
+def context_of(scope: Any) -> RequestContext:
+    """The context of an ASGI scope that passed the border."""
+    return cast("RequestContext", scope["behest"])

@@ -1,0 +1,210 @@
+"""What all requests share: the ledger's connections, the configuration in memory, the provider connections.
+
+The configuration is polled by its version number twice a second; while the database is away the last good one
+serves. Nothing here knows HTTP.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from uuid import UUID, uuid4
+
+from behest_ledger.charging import Outcome
+from behest_ledger.configuration.snapshot import Configuration
+from behest_ledger.holds import Admission, Answer, Extension, Settlement, void
+from behest_ledger.prices.book import PriceBook
+from behest_ledger.store import holds, identity
+from behest_ledger.store.configuration import load_configuration
+from behest_ledger.store.credit import CreditDesk
+from behest_ledger.store.errors import LedgerError
+from behest_ledger.store.holds import Settled
+from behest_ledger.store.migrate import check_schema
+from behest_ledger.store.pool import Connection, open_pool
+from behest_ledger.store.prices import load_current_book
+from behest_ledger.store.writer import SettlementWriter
+from behest_proxy.app.conduct import Conduct
+from behest_proxy.app.origins import project_allows
+from behest_proxy.app.settings import Settings
+from behest_proxy.errors import Draining, Forbidden, LedgerUnavailable
+from behest_proxy.holding import METERED_SHARES
+from behest_proxy.identity.api_keys import ApiKeyVerifier
+from behest_proxy.identity.keys import KeySet, SigningKey
+from behest_proxy.identity.tokens import ISSUERS, TokenVerifier
+from behest_proxy.tokens import warm
+from behest_proxy.upstream import UpstreamClient
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.5
+LEDGER_SILENCE_S = 5.0
+"""Not ready once the ledger was not heard of for so long."""
+STOP_FLUSH_S = 2.0
+
+
+class Gateway:
+    """The running sidecar without its sockets."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.holder_id: UUID = uuid4()
+        self.signing_key = SigningKey.load(settings.signing_key_file.read_bytes())
+        self.upstream = UpstreamClient()
+        self.configuration = Configuration(version=0)
+        self.verifier = TokenVerifier(
+            KeySet([self.signing_key.verification_key()]),
+            [*ISSUERS, settings.issuer],
+            project_belongs=lambda tenant, project: self.configuration.project(tenant, project) is not None,
+        )
+        self.api_keys = ApiKeyVerifier(self._find_api_key)
+        self.pool: Connection = None
+        self.book: PriceBook | None = None
+        self.desk = CreditDesk(self._extend)
+        self.writer = SettlementWriter(self._settle, on_settled=self._on_settled)
+        self.live: set[Conduct] = set()
+        self.draining = False
+        self._poll_task: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._ledger_heard_s = 0.0
+
+    # --- life --------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Open everything. Raises `LedgerError` where the ledger cannot be used, with what to do about it."""
+        self.pool = await open_pool(self.settings.database_url, application_name=self.settings.name)
+        await check_schema(self.pool)
+        key = self.signing_key.verification_key()
+        await identity.put_signing_key(
+            self.pool,
+            kid=key.kid,
+            tenant_id=key.tenant_id,
+            kind=key.kind,
+            algorithm=key.algorithm,
+            public_pem=self.signing_key.public_pem(),
+        )
+        await self._load()
+        warm()
+        self.writer.start()
+        self._poll_task = asyncio.create_task(self._poll(), name="configuration poll")
+
+    async def drain(self) -> None:
+        """Take no more requests, let live ones go on for a while, then end them with `draining`."""
+        self.draining = True
+        deadline_s = time.monotonic() + self.settings.drain_s
+        while self.live and time.monotonic() < deadline_s:  # noqa: ASYNC110 - a drain is rare, an event is not
+            await asyncio.sleep(0.02)
+        for conduct in list(self.live):
+            conduct.stop(Outcome.DRAINING, Draining("this process is going away; ask again", retry_after_s=1))
+
+    async def aclose(self) -> None:
+        """Write what is left to the books and close everything."""
+        if self._poll_task is not None:
+            self._poll_task.cancel()
+            await asyncio.gather(self._poll_task, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if not await self.writer.flush(STOP_FLUSH_S):
+            logger.error("%d settlements could not be written before the end", self.writer.backlog)
+        await self.writer.aclose()
+        await self.desk.aclose()
+        await self.upstream.aclose()
+        await self.api_keys.aclose()
+        if self.pool is not None:
+            self.pool.terminate()
+
+    @property
+    def not_ready(self) -> str | None:
+        """Why no requests should come; None: all is well."""
+        if self.draining:
+            return "draining"
+        if time.monotonic() - self._ledger_heard_s > LEDGER_SILENCE_S:
+            return "the ledger cannot be reached"
+        if self.book is None and not self.configuration.upstreams:
+            return "nothing is configured: see `behest apply`"
+        return None
+
+    # --- requests ----------------------------------------------------------------------------------------------
+
+    async def admit(self, admission: Admission) -> Answer:
+        """See `store.holds.admit`."""
+        return await holds.admit(self.pool, admission)
+
+    def conduct(self, conduct: Conduct) -> None:
+        """Run a request to its end, whatever becomes of the task that brought it."""
+        self.live.add(conduct)
+        task = asyncio.create_task(self._run(conduct), name="admission")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _run(self, conduct: Conduct) -> None:
+        try:
+            await conduct.admit()
+        except Exception as error:
+            logger.exception("request %s failed at its admission", conduct.admission.request_id)
+            if not conduct.answered.done():
+                conduct.answered.set_exception(error)
+            # Whether a hold exists is not known any more: voiding it moves nothing where there is none.
+            self.live.discard(conduct)
+            self.writer.submit(void(conduct.admission.tenant_id, conduct.admission.request_id, Outcome.CRASHED))
+
+    def ended(self, conduct: Conduct) -> None:
+        """The request was settled."""
+        self.live.discard(conduct)
+
+    def may_read(self, origin: str) -> bool:
+        """Whether any project allows scripts of this origin."""
+        return any(project_allows(project, origin) for project in self.configuration.projects.values())
+
+    # --- the ledger --------------------------------------------------------------------------------------------
+
+    async def _extend(self, extensions: Sequence[Extension]) -> dict[UUID, Answer]:
+        return await holds.extend(self.pool, extensions, shares=METERED_SHARES)
+
+    async def _settle(self, settlements: Sequence[Settlement]) -> list[Settled]:
+        return await holds.settle(self.pool, settlements)
+
+    def _on_settled(self, settled: Settled) -> None:
+        self.desk.settled(settled.request_id)
+
+    async def _find_api_key(self, sha256: bytes) -> identity.ApiKeyRecord | None:
+        try:
+            return await identity.find_api_key(self.pool, sha256)
+        except LedgerError as error:
+            logger.warning("looking up an API key: %s", error)
+            raise LedgerUnavailable("the ledger cannot be reached", retry_after_s=1) from None
+
+    # --- configuration -----------------------------------------------------------------------------------------
+
+    async def _poll(self) -> None:
+        while True:
+            await asyncio.sleep(POLL_S)
+            try:
+                async with asyncio.timeout(LEDGER_SILENCE_S):
+                    version = await self.pool.fetchval("SELECT version FROM ledger.configuration_version")
+                    self._ledger_heard_s = time.monotonic()
+                    if version != self.configuration.version:
+                        await self._load()
+            except (LedgerError, OSError, TimeoutError) as error:
+                logger.warning("the configuration cannot be read, the last one serves: %s", error)
+            except Exception:
+                logger.exception("the configuration cannot be read, the last one serves")
+
+    async def _load(self) -> None:
+        async with self.pool.acquire() as connection:
+            configuration = await load_configuration(connection, None)
+            self.book = await load_current_book(connection, datetime.now(UTC))
+            keys = await identity.load_signing_keys(connection)
+        for problem in configuration.problems:
+            logger.warning("left out of the configuration: %s", problem)
+        self.configuration = configuration
+        self.verifier.use_keys(KeySet.from_records(keys))
+        self.api_keys.clear()
+        self._ledger_heard_s = time.monotonic()
+        for conduct in list(self.live):
+            attributes = conduct.admission.attributes
+            project = configuration.project(conduct.admission.tenant_id, attributes["project"])
+            if project is None or project.suspended:
+                conduct.stop(
+                    Outcome.KILLED,
+                    Forbidden("the project is suspended", details={"reason": "suspended", "what": "project"}),
+                )

@@ -1,0 +1,53 @@
+"""ASGI messages: a whole body in, a whole answer out."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from behest_proxy.errors import InvalidRequest, RequestTooLarge, ShownError
+
+JSON = (b"content-type", b"application/json")
+
+
+class ClientLeftError(Exception):
+    """The client went away before its request was whole."""
+
+
+async def read_body(receive: Any, headers: Sequence[tuple[bytes, bytes]], *, bytes_max: int) -> bytes:
+    """The request's body.
+
+    Raises `RequestTooLarge` as soon as that is known, and `ClientLeftError`.
+    """
+    for name, value in headers:
+        if name == b"content-length" and (not value.isdigit() or int(value) > bytes_max):
+            raise _too_large(bytes_max)
+        if name == b"content-encoding" and value.lower() != b"identity":
+            raise InvalidRequest("a compressed body is not supported: send it as it is", param="content-encoding")
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientLeftError
+        part = message.get("body", b"")
+        size += len(part)
+        if size > bytes_max:
+            raise _too_large(bytes_max)
+        parts.append(part)
+        if not message.get("more_body", False):
+            return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+async def send_answer(send: Any, status: int, body: bytes, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
+    """Send a whole answer."""
+    length = [(b"content-length", b"%d" % len(body))] if status != 204 else []
+    await send({"type": "http.response.start", "status": status, "headers": [*headers, *length]})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def send_error(send: Any, error: ShownError) -> None:
+    """Send an error's envelope."""
+    await send_answer(send, error.status, error.envelope(), [JSON, *error.headers()])
+
+
+def _too_large(bytes_max: int) -> RequestTooLarge:
+    return RequestTooLarge(f"the body is larger than {bytes_max} bytes")

@@ -1,0 +1,82 @@
+"""The sidecar's settings: read from the environment once, in one place."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+
+class SettingsError(ValueError):
+    """A setting is missing or malformed; the message names it and says what it must be."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Each field is the environment variable `BEHEST_<FIELD IN CAPITALS>`."""
+
+    database_url: str
+    """PostgreSQL 15 or newer, with the ledger's schema: `postgresql://user:password@host:port/database`."""
+    signing_key_file: Path
+    """The private key that signs minted tokens: RSA, EC P-256 or Ed25519, unencrypted PEM."""
+    bind: str = "127.0.0.1:8080"
+    """Where clients connect: HTTP/1.1 and HTTP/2 (prior knowledge; ALPN under TLS)."""
+    admin_bind: str = "127.0.0.1:8081"
+    """Where probes connect: `/healthz`, `/readyz`. Never reachable for clients."""
+    tls_cert_file: Path | None = None
+    """Certificate chain, PEM. With `tls_key_file` clients connect by TLS."""
+    tls_key_file: Path | None = None
+    """The certificate's private key, PEM."""
+    issuer: str = "behest"
+    """`iss` of minted tokens; tokens of this issuer are accepted too."""
+    journal_dir: Path | None = None
+    """A folder that survives a crash of the process: what the ledger has not acknowledged yet is kept there."""
+    body_bytes_max: int = 10 * 1024 * 1024
+    """The largest request body; above it is 413."""
+    keep_alive_s: float = 15.0
+    """After so long without a chunk the client gets a comment, so that nothing in between gives up."""
+    client_stall_s: float = 60.0
+    """A client that reads nothing for so long is cut."""
+    drain_s: float = 2.0
+    """After SIGTERM live streams may go on for so long; then they end with `draining`."""
+    name: str = "behest"
+    """How this process calls itself in the ledger."""
+
+
+def from_environment(environment: Mapping[str, str] | None = None) -> Settings:
+    """The settings in the environment.
+
+    Raises `SettingsError` for what is missing or malformed.
+    """
+    environment = os.environ if environment is None else environment
+    given: dict[str, Any] = {}
+    for field in fields(Settings):
+        variable = "BEHEST_" + field.name.upper()
+        text = environment.get(variable, "").strip()
+        if text:
+            given[field.name] = _parsed(variable, text, str(field.type))
+    for required in ("database_url", "signing_key_file"):
+        if required not in given:
+            raise SettingsError(f"BEHEST_{required.upper()} is not set: {_MEANING[required]}")
+    if ("tls_cert_file" in given) != ("tls_key_file" in given):
+        raise SettingsError("BEHEST_TLS_CERT_FILE and BEHEST_TLS_KEY_FILE belong together: set both or none")
+    return Settings(**given)
+
+
+_MEANING = {
+    "database_url": "the ledger's PostgreSQL, such as postgresql://behest:secret@127.0.0.1:5432/behest",
+    "signing_key_file": "the file with the private key that signs tokens (PEM)",
+}
+
+
+def _parsed(variable: str, text: str, kind: str) -> Any:
+    try:
+        if "Path" in kind:
+            return Path(text)
+        if "int" in kind:
+            return int(text)
+        if "float" in kind:
+            return float(text)
+    except ValueError:
+        raise SettingsError(f"{variable} must be a number, not {text!r}") from None
+    return text
