@@ -1,0 +1,173 @@
+"""The demo that `behest up` sets up: its secrets, its manifests, and the steps that write them to the ledger."""
+
+import datetime as dt
+import ipaddress
+import json
+import secrets
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from behest_proxy.cli.folder import DataFolder, write_whole
+
+TENANT = "demo"
+NAMESPACE = "default"
+PROJECT = "demo"
+PROJECT_ID = f"{NAMESPACE}/{PROJECT}"
+MODEL = "gpt-4o-mini"
+"""The project's default model, and the one of the examples."""
+
+_CERTIFICATE_DAYS = 30
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What the steps need to know."""
+
+    dsn: str
+    upstream_url: str
+    upstream_key_env: str | None
+    api_key: str
+
+
+def manifests(upstream_url: str, upstream_key_env: str | None) -> str:
+    """The demo's configuration, in the form that `behest apply -f` reads."""
+    # JSON strings are YAML strings: nothing in an address can break the document.
+    credentials = f"  credentials: {{env: {json.dumps(upstream_key_env)}}}\n" if upstream_key_env else ""
+    return f"""\
+apiVersion: behest.ai/v1alpha1
+kind: Project
+metadata: {{name: {PROJECT}, namespace: {NAMESPACE}}}
+spec:
+  tenant: {TENANT}
+  defaultModel: {MODEL}
+---
+apiVersion: behest.ai/v1alpha1
+kind: Upstream
+metadata: {{name: demo, namespace: {NAMESPACE}}}
+spec:
+  baseURL: {json.dumps(upstream_url)}
+{credentials}  protocol: Auto
+  models: [{{name: {MODEL}}}, {{name: gpt-4o}}, {{name: gpt-4.1-mini}}, {{name: o4-mini}}, {{name: "*"}}]
+---
+apiVersion: behest.ai/v1alpha1
+kind: Budget
+metadata: {{name: demo-sessions, namespace: {NAMESPACE}}}
+spec:
+  scope: {{project: {PROJECT}}}
+  per: [session]
+  limit: {{amount: "1.00", currency: USD}}
+  window: {{period: Day, timeZone: UTC}}
+  enforcement: Hard
+  alertThresholds: [50, 80, 100]
+"""
+
+
+# The steps, in their order. Each may be repeated on every start.
+
+
+async def migrate(demo: Demo) -> None:
+    """Bring the ledger's schema to this version."""
+    from behest_ledger.store.migrate import migrate as migrate_ledger
+
+    await migrate_ledger(demo.dsn)
+
+
+async def configure(demo: Demo) -> None:
+    """Write the manifests."""
+    from behest_ledger.store.configuration import apply_text
+
+    await apply_text(demo.dsn, manifests(demo.upstream_url, demo.upstream_key_env), default_tenant=TENANT)
+
+
+async def price(demo: Demo) -> None:
+    """Store the price book that this installation brings, unless it is there."""
+    from behest_ledger.prices.snapshot import compile_package_book
+    from behest_ledger.store.pool import connect
+    from behest_ledger.store.prices import store_book
+
+    connection = await connect(demo.dsn)
+    try:
+        await store_book(connection, compile_package_book(), effective_from=dt.datetime.now(dt.UTC))
+    finally:
+        await connection.close()
+
+
+async def register_key(demo: Demo) -> None:
+    """Make the API key known; the ledger keeps only its hashes."""
+    from behest_ledger.store.identity import register_api_key
+
+    await register_api_key(
+        demo.dsn, tenant_id=TENANT, project_id=PROJECT_ID, key=demo.api_key, role="admin", name="demo"
+    )
+
+
+STEPS: tuple[tuple[str, Callable[[Demo], Awaitable[None]]], ...] = (
+    ("schema", migrate),
+    ("prices", price),
+    ("project, budget, upstream", configure),
+    ("API key", register_key),
+)
+
+
+# Secrets: made once, kept in <data folder>/keys
+
+
+def api_key(folder: DataFolder) -> str:
+    """The demo's API key, `behest_sk_live_` and 32 hexadecimal digits."""
+    return folder.secret("api-key", f"behest_sk_live_{secrets.token_hex(16)}")
+
+
+def signing_key(folder: DataFolder) -> Path:
+    """The RSA key (2048 bits, PKCS #8 PEM) that signs the tokens."""
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import rsa
+
+    path = folder.keys / "signing.pem"
+    if not path.exists():
+        key = rsa.generate_private_key(public_exponent=65_537, key_size=2_048)
+        pem = key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+        write_whole(path, pem.decode("ascii"))
+    return path
+
+
+def certificate(folder: DataFolder) -> tuple[Path, Path]:
+    """A throw-away certificate for localhost and 127.0.0.1, and its key; made anew in its last week."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+    certificate_path, key_path = folder.keys / "tls.crt", folder.keys / "tls.key"
+    now = dt.datetime.now(dt.UTC)
+    if certificate_path.exists() and key_path.exists():
+        old = x509.load_pem_x509_certificate(certificate_path.read_bytes())
+        if old.not_valid_after_utc - now > dt.timedelta(days=7):
+            return certificate_path, key_path
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "behest on this machine")])
+    names = [
+        x509.DNSName("localhost"),
+        x509.IPAddress(ipaddress.ip_address("127.0.0.1")),
+        x509.IPAddress(ipaddress.ip_address("::1")),
+    ]
+    usage = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH])
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - dt.timedelta(hours=1))
+        .not_valid_after(now + dt.timedelta(days=_CERTIFICATE_DAYS))
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(usage, critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    write_whole(key_path, pem.decode("ascii"))
+    write_whole(certificate_path, made.public_bytes(serialization.Encoding.PEM).decode("ascii"), mode=0o644)
+    return certificate_path, key_path

@@ -1,0 +1,98 @@
+"""`behest proxy`: the sidecar process, configured by its environment."""
+
+import argparse
+import asyncio
+import inspect
+import logging
+import re
+import signal
+import sys
+from dataclasses import MISSING, fields
+from typing import Any
+
+from behest_proxy.app.settings import Settings, SettingsError, from_environment
+from behest_proxy.cli.terminal import UserError
+
+_STOP_S = 1.0
+"""After the drain: for the last bytes of what was ended."""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `proxy` to the commands."""
+    subparsers.add_parser(
+        "proxy",
+        help="run the sidecar",
+        description="Run the sidecar until SIGTERM. It is configured by its environment.",
+        epilog="environment:\n" + _environment_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run until SIGTERM or SIGINT. Exit status 0 after a wanted stop, 2 for a mistake in the environment."""
+    del arguments
+    try:
+        settings = from_environment()
+    except SettingsError as error:
+        raise UserError(str(error), "see `behest proxy --help`") from None
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    import uvloop
+
+    return uvloop.run(_serve(settings))
+
+
+async def _serve(settings: Settings) -> int:
+    from behest_ledger.store.errors import LedgerError
+    from behest_proxy.app.asgi import admin_app, client_app
+    from behest_proxy.app.gateway import Gateway
+    from behest_proxy.edge.server import TlsFiles, serve
+
+    loop = asyncio.get_running_loop()
+    asked_to_stop = asyncio.Event()
+    drained = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, asked_to_stop.set)
+    try:
+        gateway = Gateway(settings)
+        await gateway.start()
+    except (LedgerError, OSError, ValueError) as error:
+        raise UserError(str(error), "look at BEHEST_DATABASE_URL and BEHEST_SIGNING_KEY_FILE") from None
+    tls = None
+    if settings.tls_cert_file is not None and settings.tls_key_file is not None:
+        tls = TlsFiles(certificate=settings.tls_cert_file, key=settings.tls_key_file)
+    async with asyncio.TaskGroup() as group:
+        group.create_task(
+            serve(
+                client_app(gateway),
+                binds=[settings.bind],
+                tls=tls,
+                shutdown_trigger=asked_to_stop.wait,
+                graceful_timeout_s=settings.drain_s + _STOP_S,
+            )
+        )
+        # Probes are answered to the end: "draining" is an answer too.
+        group.create_task(
+            serve(
+                admin_app(gateway),
+                binds=[settings.admin_bind],
+                shutdown_trigger=drained.wait,
+                graceful_timeout_s=_STOP_S,
+            )
+        )
+        await asked_to_stop.wait()
+        await gateway.drain()
+        drained.set()
+    await gateway.aclose()
+    return 0
+
+
+def _environment_help() -> str:
+    """The settings with their docstrings: what is documented is what is read."""
+    source = inspect.getsource(Settings)
+    lines: list[str] = []
+    for field in fields(Settings):
+        match = re.search(rf'    {field.name}: .*\n    """(.*?)"""', source, re.DOTALL)
+        meaning = " ".join(match[1].split()) if match else ""
+        default = "" if field.default is MISSING or field.default is None else f" (default: {field.default})"
+        lines.append(f"  BEHEST_{field.name.upper()}{default}\n      {meaning}")
+    return "\n".join(lines)
