@@ -15,6 +15,8 @@ from behest_ledger.store.pool import connect
 from behest_proxy.cli.folder import DataFolder
 from behest_proxy.cli.postgres import launch
 
+from stack import Stack, running_stack
+
 _TEMPLATE = "behest_template"
 _numbers = count(1)
 
@@ -72,6 +74,18 @@ def database(template: Server) -> Iterator[str]:
     name = f"behest_test_{os.getpid()}_{next(_numbers)}"
     asyncio.run(_execute(template.dsn, f"CREATE DATABASE {name} TEMPLATE {_TEMPLATE}"))
     yield template.of(name)
+    asyncio.run(_execute(template.dsn, f"DROP DATABASE {name} WITH (FORCE)"))
+
+
+@pytest.fixture(scope="session")
+def stack(template: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """A sidecar, a simulator and a ledger, shared by the whole run. The books must be clean at its end."""
+    name = f"behest_stack_{os.getpid()}"
+    asyncio.run(_execute(template.dsn, f"CREATE DATABASE {name} TEMPLATE {_TEMPLATE}"))
+    streams = Path(__file__).parent / "proxy" / "streams"
+    with running_stack(template.of(name), tmp_path_factory.mktemp("stack"), recordings=streams) as running:
+        yield running
+        assert running.verify().findings == []
     asyncio.run(_execute(template.dsn, f"DROP DATABASE {name} WITH (FORCE)"))
 
 

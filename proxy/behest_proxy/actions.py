@@ -3,8 +3,8 @@
 from typing import Any
 
 import msgspec
-from behest_ledger.charging import Charge, Outcome
 
+from behest_ledger.charging import Charge, Outcome
 from behest_proxy.errors import ShownError
 
 

@@ -229,13 +229,25 @@ def with_finish_reason_null(payload: bytes) -> bytes:
         texts = msgspec.json.decode(members.get("choices", b"[]"), type=list[msgspec.Raw])
     except msgspec.ValidationError as error:
         raise ChunkError(f"choices are no list: {error}") from None
-    choices = [_raw_members(bytes(text)) for text in texts]
+    choices: list[Any] = [_raw_members(bytes(text)) if bytes(text)[:1] == b"{" else text for text in texts]
     for choice in choices:
-        if bytes(choice.get("finish_reason", b"")) in _LENGTH_REASONS:
+        if isinstance(choice, dict) and bytes(choice.get("finish_reason", b"")) in _LENGTH_REASONS:
             choice["finish_reason"] = msgspec.Raw(b"null")
     members["choices"] = msgspec.Raw(msgspec.json.encode(choices))
     return msgspec.json.encode(members)
 
+
+def usage_chunk(like: bytes, usage: Mapping[str, Any]) -> bytes:
+    """A chunk that only reports usage, with the id, model and so on of another chunk of its stream.
+
+    Raises `ChunkError` where that one is no JSON object.
+    """
+    members: dict[str, Any] = {name: raw for name, raw in _raw_members(like).items() if name in _FRAME}
+    return msgspec.json.encode({"object": "chat.completion.chunk", **members, "choices": [], "usage": usage})
+
+
+_FRAME = ("id", "object", "created", "model", "service_tier", "system_fingerprint")
+"""What all chunks of one stream have in common."""
 
 _LENGTH_REASONS = (b'"length"', b'"max_tokens"')
 
@@ -303,7 +315,7 @@ def _raw_members(payload: bytes) -> dict[str, msgspec.Raw]:
     """The members of an object, each as its JSON text."""
     try:
         return msgspec.json.decode(payload, type=dict[str, msgspec.Raw])
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         members = loads(payload)
     return {
         name.encode("utf-8", "replace").decode(): msgspec.Raw(json.dumps(value).encode())

@@ -20,8 +20,8 @@ from typing import Any
 
 import msgspec
 
-from behest_ledger.charging import Evidence, Outcome, charge
-from behest_ledger.holds import Answer, Granted, Refused
+from behest_ledger.charging import Charge, Evidence, Outcome, charge
+from behest_ledger.holds import Answer, Gone, Granted, Refused
 from behest_ledger.money import usd_from_pico
 from behest_ledger.token_counts import TokenCounts
 from behest_proxy import provider_errors, refusals
@@ -40,7 +40,7 @@ from behest_proxy.actions import (
     Settle,
     Write,
 )
-from behest_proxy.aggregate import AggregateTooLarge, Aggregator
+from behest_proxy.aggregate import CHOICES_MAX, AggregateTooLarge, Aggregator
 from behest_proxy.chunk import (
     Chunk,
     ChunkError,
@@ -49,6 +49,7 @@ from behest_proxy.chunk import (
     ended_by_length,
     is_usage_only,
     plain_text,
+    usage_chunk,
     with_finish_reason_null,
     with_usage_cost,
 )
@@ -56,6 +57,11 @@ from behest_proxy.errors import LedgerUnavailable, QuotaExceeded, ShownError, Up
 from behest_proxy.meter import Meter
 from behest_proxy.sse import DONE, DONE_PAYLOAD, NamedEvent, SseFramer, SseTooLarge, data_event, data_events
 from behest_proxy.usage import UsageState, as_openai
+
+FINISH_REASON_CHARS_MAX = 40
+
+_Ending = Callable[[float], list[Action]]
+"""A way to end, given the time at which it comes to it."""
 
 
 class Phase(enum.Enum):
@@ -113,6 +119,7 @@ class Exchange:
         self._aggregator = None if terms.streamed else Aggregator()
         self._bound_by: Refused | None = None
         self._client_gone = False
+        self._stopped: _Ending | None = None
         self._request_sent_s: float | None = None
         self._first_byte = False
         self._begun = False
@@ -123,25 +130,32 @@ class Exchange:
         """Payloads that wait for credit. The provider is paused meanwhile, so they are one read's worth."""
         self._asked: AskCredit | None = None
         self._early_ask_refused = False
-        self._upstream_over: Callable[[float], list[Action]] | None = None
+        self._upstream_over: _Ending | None = None
         """What to do about the provider's end once the pending payloads are through."""
         self._seen: set[int] = set()
         self._finish_reasons: dict[int, str] = {}
         self._clamped = False
-        self._usage_forwarded = False
+        self._shown_counts: TokenCounts | None = None
+        """The usage that the client was told last."""
+        self._frame = b"{}"
+        """A chunk whose id, model and so on a chunk of our own may bear."""
         self._chunks = 0
 
     # --- the ledger's answers ---------------------------------------------------------------------------------
 
     def admitted(self, answer: Answer | None, now_s: float) -> list[Action]:
         """The ledger's answer to the admission; None: it gave none, so whether a hold exists is not known."""
+        if self.phase is not Phase.ADMITTING:
+            return []
         if isinstance(answer, Refused):
             self.phase = Phase.ENDED
-            return [Fail(refusals.shown(answer))]
+            return [] if self._client_gone else [Fail(refusals.shown(answer))]
         if not isinstance(answer, Granted):
             return self._end(Outcome.LEDGER_UNAVAILABLE, now_s, _no_ledger())
         if self._client_gone:
             return self._end(Outcome.CLIENT_CANCELLED, now_s)
+        if self._stopped is not None:
+            return self._stopped(now_s)
         self._meter.add_credit(answer.output_tokens)
         self._bound_by = answer.bound_by
         self.phase = Phase.CALLING
@@ -150,31 +164,27 @@ class Exchange:
     def credit(self, answer: Answer | None, now_s: float) -> list[Action]:
         """The ledger's answer to `AskCredit`; None: it gave none."""
         asked, self._asked = self._asked, None
-        if self.phase is not Phase.STREAMING:
+        if asked is None or self.phase is not Phase.STREAMING:
             return []
+        if isinstance(answer, Gone):
+            # The hold is not open any more: nothing may be spent on it, also not what was granted before.
+            return self._end(Outcome.LEDGER_UNAVAILABLE, now_s, _no_ledger())
         if isinstance(answer, Granted):
             self._early_ask_refused = False
             self._meter.add_credit(answer.output_tokens)
             if not self._pending:
                 return []
-            pending, self._pending = self._pending, []
-            actions = self._walk(pending, now_s)
-            if not self._pending and self.phase is Phase.STREAMING:
-                actions.append(Resume())
-                if self._upstream_over is not None:
-                    actions += self._upstream_over(now_s)
-            return actions
+            return self._walk_pending(now_s)
         if not self._pending:
             # The stream had asked ahead of need. It goes on; when it is really short it asks again.
             self._early_ask_refused = True
             return []
-        if asked is not None and not asked.is_short:
+        if not asked.is_short:
             # It ran short while it asked ahead of need. Only an answer to the real need is final.
             return self._ask(self._missing_for(self._pending[0]), is_short=True)
         if isinstance(answer, Refused):
             outcome = Outcome.KILLED if answer.reason == "suspended" else Outcome.QUOTA_EXCEEDED
             return self._cut(outcome, now_s, answer)
-        # No answer, or the hold is gone from the books: nothing may be spent on it any more.
         return self._end(Outcome.LEDGER_UNAVAILABLE, now_s, _no_ledger())
 
     # --- the provider -----------------------------------------------------------------------------------------
@@ -211,8 +221,8 @@ class Exchange:
         if phase is Phase.REFUSED:
             room = provider_errors.ERROR_BODY_BYTES_MAX - len(self._error_body)
             self._error_body += data[:room]
-            return []
-        if phase is not Phase.STREAMING and phase is not Phase.LINGERING:
+            return self._refused_by_provider(now_s) if len(data) > room else []
+        if (phase is not Phase.STREAMING and phase is not Phase.LINGERING) or self._upstream_over is not None:
             return []
         self._first_byte = True
         try:
@@ -228,14 +238,14 @@ class Exchange:
         """The provider's answer ended as its framing says it must."""
         if self.phase is Phase.REFUSED:
             return self._refused_by_provider(now_s)
-        if self.phase not in (Phase.STREAMING, Phase.LINGERING):
+        if self.phase not in (Phase.STREAMING, Phase.LINGERING) or self._upstream_over is not None:
             return []
         rest = self._framer.finish()
         if self._pending:
             self._pending += rest
-            self._upstream_over = self._ended_by_provider
-            return []
-        actions = self._walk(rest, now_s) if rest else []
+            actions: list[Action] = []
+        else:
+            actions = self._walk(rest, now_s) if rest else []
         if self._pending:
             self._upstream_over = self._ended_by_provider
             return actions
@@ -243,18 +253,13 @@ class Exchange:
 
     def upstream_failed(self, kind: str, now_s: float) -> list[Action]:
         """The call to the provider broke; `kind` is the upstream client's word for how."""
-        if self.phase is Phase.ENDED or self.phase is Phase.ADMITTING:
+        if self.phase in (Phase.ENDED, Phase.ADMITTING) or self._upstream_over is not None:
             return []
-        if self.phase is Phase.LINGERING:
-            return self._end(Outcome.COMPLETED, now_s)
         if self.phase is Phase.REFUSED:
             return self._refused_by_provider(now_s)
-
-        def failed(at_s: float) -> list[Action]:
-            error = provider_errors.failed(kind, in_stream=self._first_byte)
-            timed_out = isinstance(error, UpstreamTimeout)
-            return self._end(Outcome.UPSTREAM_TIMEOUT if timed_out else Outcome.UPSTREAM_ERROR, at_s, error)
-
+        error = provider_errors.failed(kind, in_stream=self.phase is not Phase.CALLING)
+        timed_out = isinstance(error, UpstreamTimeout)
+        failed = self._failing(error, Outcome.UPSTREAM_TIMEOUT if timed_out else Outcome.UPSTREAM_ERROR)
         if self._pending:
             self._upstream_over = failed
             return []
@@ -267,68 +272,63 @@ class Exchange:
         self._client_gone = True
         if self.phase is Phase.ENDED or self.phase is Phase.ADMITTING:
             return []  # while admitting, the answer decides whether there is a hold to give back
-        if self.phase is Phase.STREAMING and self._all_finished():
+        if self.phase is Phase.STREAMING and self._terms.streamed and self._all_finished():
             # The client has all it asked for and left; the provider's usage is still on its way.
             self.phase = Phase.LINGERING
-            pending, self._pending = self._pending, []
-            return [Linger(), *([Resume(), *self._walk(pending, now_s)] if pending else [])]
+            return [Linger(), *(self._walk_pending(now_s) if self._pending else [])]
         if self.phase is Phase.LINGERING:
             return []
         return self._end(Outcome.CLIENT_CANCELLED, now_s)
 
     def lingered(self, now_s: float) -> list[Action]:
         """The provider's usage did not come in time after the client had left."""
-        return self._end(Outcome.COMPLETED, now_s) if self.phase is Phase.LINGERING else []
+        if self.phase is not Phase.LINGERING:
+            return []
+        return [CancelUpstream(), *self._end(Outcome.COMPLETED, now_s)]
 
     def stop(self, outcome: Outcome, error: ShownError, now_s: float) -> list[Action]:
         """End it from outside: killed, draining, or a client that does not read."""
-        if self.phase in (Phase.ENDED, Phase.ADMITTING, Phase.LINGERING):
-            return []
+        if self.phase is Phase.ADMITTING:
+            self._stopped = self._stopped or self._failing(error, outcome)
+            return []  # the answer decides whether there is a hold to give back
         return self._end(outcome, now_s, error)
 
     # --- the walk of a chunk -----------------------------------------------------------------------------------
 
     def _walk(self, payloads: list[bytes], now_s: float) -> list[Action]:
+        """Decode, count, pay, edit and hand over, in their order, as far as the credit reaches."""
         forward: list[bytes] = []
-        actions: list[Action] = []
-        ending: list[Action] | None = None
+        over: _Ending | None = None
+        seen = self._seen
         count = self._terms.count
         pay = self._meter.pay
         for index, payload in enumerate(payloads):
-            if payload == DONE_PAYLOAD:
-                ending = self._hand_over(forward) + self._complete(now_s)
-                forward = []
-                break
             try:
                 chunk = decode(payload)
-            except ChunkError:
-                if payload.strip():
-                    ending = self._hand_over(forward) + self._end(Outcome.UPSTREAM_ERROR, now_s, _broken())
-                    forward = []
+                text = _ordinary_text(chunk, seen)
+                if text is not None and payload.__class__ is bytes:
+                    if pay(count(text)):
+                        forward.append(payload)
+                        continue
+                    self._pending = payloads[index:]
                     break
-                continue
-            text = plain_text(chunk)
-            if text is not None and self._is_ordinary(chunk):
-                if pay(count(text)):
-                    forward.append(payload)
-                    continue
-                self._pending = payloads[index:]
-                break
-            if chunk.error is not None or (payload.__class__ is NamedEvent and payload.name == "error"):
-                error = provider_errors.reported(chunk.error)
-                ending = self._hand_over(forward) + self._end(Outcome.UPSTREAM_ERROR, now_s, error)
-                forward = []
-                break
-            if not self._pay_for(chunk):
-                self._pending = payloads[index:]
-                break
-            edited = self._taken(chunk, payload)
-            if edited is not None:
-                forward.append(edited)
-        if forward:
-            actions = self._hand_over(forward)
-        if ending is not None:
-            return actions + ending
+                if chunk.error is not None or _is_error_event(payload):
+                    self._take_usage(chunk)
+                    over = self._failing(provider_errors.reported(chunk.error))
+                    break
+                if not self._pay_for(chunk):
+                    self._pending = payloads[index:]
+                    break
+                edited = self._taken(chunk, payload)
+                if edited is not None:
+                    forward.append(edited)
+            except ChunkError:
+                over = self._without_chunk(payload)
+                if over is not None:
+                    break
+        actions = self._hand_over(forward, now_s) if forward else []
+        if over is not None:
+            return actions + over(now_s)
         if self._pending:
             missing = self._missing_for(self._pending[0])
             return [*actions, Pause(), *self._ask(missing, is_short=True)]
@@ -337,27 +337,41 @@ class Exchange:
             and self._asked is None
             and not self._early_ask_refused
             and self.phase is Phase.STREAMING
+            and self._upstream_over is None
         ):
             actions += self._ask(1, is_short=False)
         return actions
 
-    def _is_ordinary(self, chunk: Chunk) -> bool:
-        """A chunk that adds text to a known choice and says nothing else."""
-        choices = chunk.choices
-        return (
-            chunk.usage is None
-            and chunk.error is None
-            and chunk.x_groq is None
-            and choices is not None
-            and choices[0].finish_reason is None
-            and choices[0].index in self._seen
-            and self.phase is Phase.STREAMING
-        )
+    def _walk_pending(self, now_s: float) -> list[Action]:
+        """Walk over what waited, and go on where it is through."""
+        pending, self._pending = self._pending, []
+        actions = self._walk(pending, now_s)
+        if self._pending or self.phase is Phase.ENDED:
+            return actions
+        if self._upstream_over is not None:
+            return actions + self._upstream_over(now_s)
+        return [*actions, Resume()]
+
+    def _without_chunk(self, payload: bytes) -> _Ending | None:
+        """What to do about a payload that is no chunk; None: nothing, it is blank."""
+        text = payload.strip()
+        if not text:
+            return None
+        if text == DONE_PAYLOAD:
+            return self._complete
+        if _is_error_event(payload):
+            return self._failing(provider_errors.reported(text.decode("utf-8", "replace")))
+        return self._failing(_broken())
 
     def _pay_for(self, chunk: Chunk) -> bool:
         """Count what a chunk adds, whatever its form. False: the credit does not reach; nothing was counted."""
         if self.phase is Phase.LINGERING:
-            return True
+            return True  # nothing is forwarded any more
+        choices = chunk.choices or ()
+        if len(choices) + len(self._seen) > CHOICES_MAX and len(
+            self._seen.union(choice.index for choice in choices)
+        ) > max(CHOICES_MAX, self._terms.choices):
+            raise ChunkError("more choices than any request asks for")
         output, reasoning, calls = self._tokens_of(chunk)
         if calls:
             self._meter.reserve_tool_calls(calls)
@@ -386,31 +400,40 @@ class Exchange:
     def _taken(self, chunk: Chunk, payload: bytes) -> bytes | None:
         """A chunk that is paid for, as it goes on: None where the client did not ask for it."""
         finished_before = self._all_finished()
+        shortened = False
         for choice in chunk.choices or ():
             self._seen.add(choice.index)
             reason = choice.finish_reason
             if reason is None:
                 continue
-            self._finish_reasons[choice.index] = reason
-            if ended_by_length(reason) and self._terms.clamp_tokens is not None:
-                self._clamped = True
-        if self._clamped and chunk.choices:
+            self._frame = payload
+            self._finish_reasons[choice.index] = reason[:FINISH_REASON_CHARS_MAX]
+            shortened |= ended_by_length(reason) and self._terms.clamp_tokens is not None
+        if shortened:
+            self._clamped = True
             payload = with_finish_reason_null(payload)
-        usage = chunk.any_usage
-        if usage is not None:
-            self._usage.update(usage)
-            if self._usage.members is usage:
-                self._counted_at_usage = (self._meter.output, self._meter.reasoning)
-            if not self._terms.include_usage:
-                return None if is_usage_only(chunk, finished=finished_before) else payload
-            if chunk.usage is not None:
-                self._usage_forwarded = True
-                return with_usage_cost(payload, self._cost_usd(self._usage.counts))
-        return payload
+        if not self._take_usage(chunk):
+            return payload
+        if not self._terms.include_usage:
+            return None if is_usage_only(chunk, finished=finished_before) else payload
+        if chunk.usage is None:
+            return payload
+        self._shown_counts = self._usage.counts
+        return with_usage_cost(payload, self._cost_usd(self._usage.counts))
 
-    def _hand_over(self, payloads: list[bytes]) -> list[Action]:
+    def _take_usage(self, chunk: Chunk) -> bool:
+        """Take the usage of a chunk, if it has any."""
+        usage = chunk.any_usage
+        if usage is None:
+            return False
+        self._usage.update(usage)
+        if self._usage.members is usage:
+            self._counted_at_usage = (self._meter.output, self._meter.reasoning)
+        return True
+
+    def _hand_over(self, payloads: list[bytes], now_s: float) -> list[Action]:
         """Paid payloads on their way to the client."""
-        if not payloads or self.phase is Phase.LINGERING:
+        if self.phase is Phase.LINGERING:
             return []
         self._chunks += len(payloads)
         if self._aggregator is None:
@@ -419,7 +442,7 @@ class Exchange:
             for payload in payloads:
                 self._aggregator.feed(payload)
         except AggregateTooLarge:
-            return self._end(Outcome.UPSTREAM_ERROR, 0.0, _broken())
+            return self._end(Outcome.UPSTREAM_ERROR, now_s, UpstreamError("the provider's answer is too large"))
         return []
 
     def _ask(self, need_tokens: int, *, is_short: bool) -> list[Action]:
@@ -434,49 +457,48 @@ class Exchange:
         return len(self._finish_reasons) >= max(self._terms.choices, len(self._seen))
 
     def _ended_by_provider(self, now_s: float) -> list[Action]:
-        if self.phase is Phase.ENDED:
-            return []
-        if self.phase is Phase.LINGERING:
-            return self._end(Outcome.COMPLETED, now_s)
         if self._finish_reasons and len(self._finish_reasons) >= len(self._seen):
             return self._complete(now_s)
-        error = provider_errors.failed("closed", in_stream=self._first_byte)
-        return self._end(Outcome.UPSTREAM_ERROR, now_s, error)
+        return self._end(Outcome.UPSTREAM_ERROR, now_s, provider_errors.failed("closed", in_stream=True))
+
+    def _failing(self, error: ShownError, outcome: Outcome = Outcome.UPSTREAM_ERROR) -> _Ending:
+        return lambda now_s: self._end(outcome, now_s, error)
 
     def _complete(self, now_s: float) -> list[Action]:
         """The answer is whole."""
-        if self.phase is Phase.ENDED:
-            return []
-        if self.phase is Phase.LINGERING:
+        if self.phase is not Phase.STREAMING:
             return self._end(Outcome.COMPLETED, now_s)
         if self._clamped:
             return self._cut(Outcome.QUOTA_EXCEEDED, now_s, self._bound_by)
-        counts = self._charged_counts()
-        cost_usd = self._cost_usd(counts)
         if self._aggregator is not None:
-            usage = self._usage.members if self._usage.seen else as_openai(counts)
-            body = self._aggregator.body(usage=usage, cost_usd=cost_usd)
+            body = self._whole_body(self._aggregator, Outcome.COMPLETED, now_s)
             return [Respond(200, body), *self._end(Outcome.COMPLETED, now_s)]
         last = b""
-        if self._terms.include_usage and not self._usage_forwarded:
-            usage = {**as_openai(counts), "cost_usd": msgspec.Raw(cost_usd.encode())}
-            last = data_event(msgspec.json.encode({"object": "chat.completion.chunk", "choices": [], "usage": usage}))
+        counts = self._charge(Outcome.COMPLETED, now_s).counts
+        if self._terms.include_usage and self._shown_counts != counts:
+            usage = {**as_openai(counts), "cost_usd": msgspec.Raw(self._cost_usd(counts).encode())}
+            last = data_event(usage_chunk(self._frame, usage))
         return [Write(last + DONE), Finish(), *self._end(Outcome.COMPLETED, now_s)]
 
     def _cut(self, outcome: Outcome, now_s: float, refusal: Refused | None) -> list[Action]:
         """A budget ends the answer."""
         partial = None
         if self._aggregator is not None:
-            body = self._aggregator.body(usage=as_openai(self._charged_counts()))
-            partial = msgspec.json.decode(body)
+            partial = msgspec.Raw(self._whole_body(self._aggregator, outcome, now_s))
         error: ShownError
         if refusal is None:
-            error = QuotaExceeded(
-                "the budget paid for no more of this answer", details=partial and {"partial": partial}
-            )
+            details = None if partial is None else {"partial": partial}
+            error = QuotaExceeded("the budget paid for no more of this answer", details=details)
         else:
             error = refusals.shown(refusal, partial=partial)
         return self._end(outcome, now_s, error)
+
+    def _whole_body(self, aggregator: Aggregator, outcome: Outcome, now_s: float) -> bytes:
+        """The answer as one body, as far as it came, with the usage that is charged for it."""
+        counts = self._charge(outcome, now_s).counts
+        members = self._usage.members
+        usage = members if members is not None and counts == self._usage.counts else as_openai(counts)
+        return aggregator.body(usage=usage, cost_usd=self._cost_usd(counts))
 
     def _refused_by_provider(self, now_s: float) -> list[Action]:
         answer = provider_errors.refused(self._status, self._headers, self._error_body)
@@ -489,6 +511,9 @@ class Exchange:
         """The one way to the end: stop the provider, tell the client, settle."""
         if self.phase is Phase.ENDED:
             return []
+        if self.phase is Phase.LINGERING:
+            # The client has everything; whatever becomes of the provider now changes nothing about that.
+            outcome, error = Outcome.QUOTA_EXCEEDED if self._clamped else Outcome.COMPLETED, None
         was_called = self.phase is not Phase.ADMITTING
         self.phase = Phase.ENDED
         self._pending = []
@@ -499,18 +524,20 @@ class Exchange:
             actions += [Write(error.terminal_event()), Finish()] if self._begun else [Fail(error)]
         facts: dict[str, Any] = {
             "chunks": self._chunks,
-            "finish_reasons": [self._finish_reasons[index] for index in sorted(self._finish_reasons)],
+            # A provider's text on its way into the books: escaped, because PostgreSQL's JSON takes no NUL.
+            "finish_reasons": [ascii(self._finish_reasons[index])[1:-1] for index in sorted(self._finish_reasons)],
             "counted_output_tokens": self._meter.counted_tokens,
             "held_output_tokens": self._meter.credit_tokens,
         }
-        actions.append(Settle(outcome, charge(outcome, self._evidence(now_s)), facts))
+        actions.append(Settle(outcome, self._charge(outcome, now_s), facts))
         return actions
 
     def _evidence(self, now_s: float) -> Evidence:
         meter = self._meter
         counted = msgspec.structs.replace(self._terms.input_counts, output=meter.output, reasoning=meter.reasoning)
         since = TokenCounts()
-        if self._usage.seen and not self._all_finished():
+        if self._usage.seen:
+            # Nothing, where the usage comes last, as it should; a place holder at the start is not all.
             since = TokenCounts(
                 output=meter.output - self._counted_at_usage[0], reasoning=meter.reasoning - self._counted_at_usage[1]
             )
@@ -533,11 +560,24 @@ class Exchange:
             hidden_tokens=hidden,
         )
 
-    def _charged_counts(self) -> TokenCounts:
-        return charge(Outcome.COMPLETED, self._evidence(0.0)).counts
+    def _charge(self, outcome: Outcome, now_s: float) -> Charge:
+        return charge(outcome, self._evidence(now_s))
 
     def _cost_usd(self, counts: TokenCounts) -> str:
         return usd_from_pico(self._terms.amount_pico(counts))
+
+
+def _ordinary_text(chunk: Chunk, seen: set[int]) -> str | None:
+    """The text of a chunk that adds content to a known choice and says nothing else; None for any other."""
+    if chunk.usage is None and chunk.error is None and chunk.x_groq is None:
+        choices = chunk.choices
+        if choices and choices[0].finish_reason is None and choices[0].index in seen:
+            return plain_text(chunk)
+    return None
+
+
+def _is_error_event(payload: bytes) -> bool:
+    return isinstance(payload, NamedEvent) and payload.name == "error"
 
 
 def _no_ledger() -> ShownError:

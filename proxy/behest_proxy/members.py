@@ -19,12 +19,16 @@ MEMBERS_MAX = 256
 """More members than any API has: beyond, the walk over them would only cost."""
 
 
-def members_of(body: bytes) -> dict[str, msgspec.Raw]:
+def members_of(body: bytes, where: str = "") -> dict[str, msgspec.Raw]:
     """The top-level members of a JSON object as raw JSON texts.
 
-    Raises `InvalidRequest` for what is no JSON object and for a key that comes twice.
+    `where` names the object if it is a part of the body, for errors. Raises `InvalidRequest` for what is no JSON
+    object and for a key that comes twice.
     """
     try:
+        # The decoder passes by what stands in the values; what is no UTF-8 must not get any further.
+        if not body.isascii():
+            body.decode()
         members = _DECODER.decode(body)
     except msgspec.ValidationError:
         raise InvalidRequest("the body must be a JSON object") from None
@@ -34,11 +38,11 @@ def members_of(body: bytes) -> dict[str, msgspec.Raw]:
         raise InvalidRequest("the body is nested too deeply") from None
     if len(members) > MEMBERS_MAX:
         raise InvalidRequest(f"the body has more than {MEMBERS_MAX} members")
-    _refuse_repeated_keys(body, members)
+    _refuse_repeated_keys(body, members, where)
     return members
 
 
-def _refuse_repeated_keys(body: bytes, members: dict[str, msgspec.Raw]) -> None:
+def _refuse_repeated_keys(body: bytes, members: dict[str, msgspec.Raw], where: str) -> None:
     """Walk over the text by the values that were kept; where one does not stand, another with its key was lost.
 
     The text is valid JSON already, so only keys, colons and commas are looked at: no value is parsed again.
@@ -58,7 +62,8 @@ def _refuse_repeated_keys(body: bytes, members: dict[str, msgspec.Raw]) -> None:
         after = at + len(value)
         behind = _skip_space(body, after)
         if key in seen or body[at:after] != value or body[behind : behind + 1] not in (b",", b"}"):
-            raise InvalidRequest(f"{key!r} is given more than once", param=key)
+            param = f"{where}.{key}" if where else key
+            raise InvalidRequest(f"{param}: is given more than once", param=param)
         seen.add(key)
         at = behind + 1
 

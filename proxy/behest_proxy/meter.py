@@ -5,6 +5,8 @@ credit must always cover a reserve above the count: `ceil(ratio x counted)`, 8 t
 What the reserve covers is charged only if the provider says so.
 """
 
+import math
+
 RESERVE_PER_CHOICE_TOKENS = 8
 RESERVE_PER_TOOL_CALL_TOKENS = 48
 FIRST_TRANCHE_TOKENS = 512
@@ -18,7 +20,9 @@ class Meter:
 
     __slots__ = (
         "_cap_tokens",
+        "_payable_tokens",
         "_ratio_percent",
+        "_tool_call_tokens",
         "credit_tokens",
         "output",
         "reasoning",
@@ -34,13 +38,16 @@ class Meter:
         `metered` False means that the whole answer was held for: then no reserve is kept, and the credit is only
         reached by a provider that generates past its limit.
         """
-        self._ratio_percent = round(ratio * 100) if metered else 100
+        # Rounded up; the inner rounding only takes away what binary fractions add.
+        self._ratio_percent = math.ceil(round(ratio * 100, 6)) if metered else 100
         self._cap_tokens = cap_tokens
+        self._tool_call_tokens = RESERVE_PER_TOOL_CALL_TOKENS if metered else 0
         self.reserve_tokens = RESERVE_PER_CHOICE_TOKENS * choices if metered else 0
         self.credit_tokens = credit_tokens
         self.tranche_tokens = credit_tokens
         self.output = 0
         self.reasoning = 0
+        self._payable_tokens = self._payable()
 
     @property
     def counted_tokens(self) -> int:
@@ -57,21 +64,28 @@ class Meter:
 
     def pay(self, output: int, reasoning: int = 0) -> bool:
         """Count tokens that are about to be forwarded. False: the credit does not reach, and nothing was counted."""
-        if self.required_tokens(self.output + self.reasoning + output + reasoning) > self.credit_tokens:
+        if self.output + self.reasoning + output + reasoning > self._payable_tokens:
             return False
         self.output += output
         self.reasoning += reasoning
         return True
 
+    def _payable(self) -> int:
+        """The highest count for which `required_tokens` is within the credit: its inverse, kept for `pay`."""
+        if self.is_covered:
+            return self.credit_tokens
+        return (self.credit_tokens - self.reserve_tokens) * 100 // self._ratio_percent
+
     def reserve_tool_calls(self, calls: int) -> None:
         """Keep more in reserve for tool calls, whose framing the provider bills and nobody sees."""
-        if self._ratio_percent != 100 or self.reserve_tokens:
-            self.reserve_tokens += RESERVE_PER_TOOL_CALL_TOKENS * calls
+        self.reserve_tokens += self._tool_call_tokens * calls
+        self._payable_tokens = self._payable()
 
     def add_credit(self, tokens: int) -> None:
         """More credit was granted."""
         self.credit_tokens += tokens
         self.tranche_tokens = tokens
+        self._payable_tokens = self._payable()
 
     def missing_tokens(self, output: int, reasoning: int) -> int:
         """What has to be asked for at least, so that these tokens can be forwarded."""

@@ -12,6 +12,8 @@ import msgspec
 from behest_proxy.errors import RateLimited, ServerError, ShownError, UpstreamError, UpstreamTimeout
 
 ERROR_BODY_BYTES_MAX = 64 * 1024
+RETRY_AFTER_S_MAX = 3600
+_RETRY_AFTER_DIGITS_MAX = 9
 _MESSAGE_CHARS_MAX = 500
 _TIMEOUTS = ("connect_timeout", "first_byte_timeout", "idle_timeout")
 
@@ -76,7 +78,8 @@ def reported(error: Any) -> ShownError:
     """What becomes of an error that the provider put into its stream."""
     members = error if isinstance(error, dict) else {"message": str(error)}
     details = {
-        key: str(members[key])[:_MESSAGE_CHARS_MAX]
+        # Half surrogates, which escapes can carry, cannot be written again.
+        key: str(members[key])[:_MESSAGE_CHARS_MAX].encode("utf-8", "replace").decode()
         for key in ("code", "type", "message")
         if members.get(key) is not None
     }
@@ -102,5 +105,5 @@ def _message(body: bytes) -> str:
 def _retry_after_s(headers: Sequence[tuple[bytes, bytes]]) -> int:
     for name, value in headers:
         if name == b"retry-after" and value.isdigit():
-            return min(int(value), 3600)
+            return min(int(value[:_RETRY_AFTER_DIGITS_MAX]), RETRY_AFTER_S_MAX)
     return 1

@@ -4,7 +4,6 @@ from typing import Any
 
 from behest_ledger.holds import Refused
 from behest_ledger.money import usd_from_pico
-
 from behest_proxy.errors import Forbidden, QuotaExceeded, RateLimited, ShownError
 
 

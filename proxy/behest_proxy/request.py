@@ -4,6 +4,7 @@ Only members that cost money, choose the answer's form or shape the bound are lo
 as it came. A member that would cost what cannot be bounded yet is refused by name, never passed on in silence.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -55,7 +56,7 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
     include_usage: bool
     choices: int
     output_limit_tokens: int | None
-    """The caller's own limit per choice; None: none was given."""
+    """The caller's own limit per choice, the larger one of two; None: none was given."""
     bounded_input: bool
     """False: images, audio or files, whose tokens cannot be counted here."""
 
@@ -75,8 +76,8 @@ def _typed(members: dict[str, msgspec.Raw], key: str, type_: Any) -> Any:
         return None
     try:
         return msgspec.json.decode(raw, type=type_ | None)
-    except msgspec.ValidationError as error:
-        # "Expected `str`, got `int` - at `$[0].role`"
+    except msgspec.DecodeError as error:
+        # It says, for instance: Expected `str`, got `int` - at `$[0].role`
         text, _, path = str(error).partition(" - at `$")
         param = key + path.rstrip("`")
         raise InvalidRequest(f"{param}: {text[:1].lower()}{text[1:]}", param=param) from None
@@ -94,10 +95,36 @@ def _refused(members: dict[str, msgspec.Raw], key: str, why: str, *allowed: Any)
         raise InvalidRequest(f"{key}: {why}", param=key)
 
 
+def _refuse_server_tools(members: dict[str, msgspec.Raw]) -> None:
+    """Refuse tools that the provider runs itself: what they cost is not seen in the stream."""
+    tools: list[msgspec.Raw] | None = _typed(members, "tools", list[msgspec.Raw])
+    for index, text in enumerate(tools or ()):
+        param = f"tools[{index}]"
+        if bytes(text)[:1] != b"{":
+            raise InvalidRequest(f"{param}: must be an object", param=param)
+        tool = members_of(bytes(text), param)
+        for key in tool:
+            if key != "type" and key.casefold() == "type":
+                raise InvalidRequest(f"{param}.{key} is not a member: did you mean 'type'?", param=f"{param}.{key}")
+        kind = _typed(tool, "type", Any)
+        if kind not in _CALLER_TOOLS:
+            raise InvalidRequest(
+                f"{param}.type: {str(kind)[:40]!r} is no tool that the caller runs (function, custom), and what a"
+                " provider's own tools cost is not seen in the stream",
+                param=f"{param}.type",
+            )
+
+
+_CALLER_TOOLS = ("function", "custom")
+
 _KNOWN = frozenset(
-    "model messages stream stream_options n max_tokens max_completion_tokens best_of prediction modalities audio"
-    " service_tier web_search_options models route provider plugins tools functions response_format".split()
+    (
+        *("model", "messages", "stream", "stream_options", "n", "max_tokens", "max_completion_tokens", "best_of"),
+        *("prediction", "modalities", "audio", "service_tier", "web_search_options", "search_parameters"),
+        *("enable_search", "models", "route", "provider", "plugins", "tools", "functions", "response_format"),
+    )
 )
+"""The members that are looked at here: another spelling of one of them is refused."""
 
 
 def parse(body: bytes) -> ChatRequest:
@@ -108,8 +135,9 @@ def parse(body: bytes) -> ChatRequest:
     """
     members = members_of(body)
     for key in members:
-        if key not in _KNOWN and key.lower() in _KNOWN:
-            raise InvalidRequest(f"{key!r} is not a member: did you mean {key.lower()!r}?", param=key)
+        # Some parsers ignore case, by Unicode's folding: also the Kelvin sign is a k to them.
+        if key not in _KNOWN and key.casefold() in _KNOWN:
+            raise InvalidRequest(f"{key!r} is not a member: did you mean {key.casefold()!r}?", param=key)
     messages: list[_Message] | None = _typed(members, "messages", list[_Message])
     if not messages:
         raise InvalidRequest("messages: at least one message is needed", param="messages")
@@ -121,9 +149,11 @@ def parse(body: bytes) -> ChatRequest:
     _refused(members, "modalities", "only text can be metered", ["text"], [])
     _refused(members, "audio", "only text can be metered")
     _refused(members, "service_tier", "only the default tier is priced here", "auto", "default")
-    _refused(members, "web_search_options", "searches by the provider are billed apart and are not supported here")
+    for key in ("web_search_options", "search_parameters", "enable_search"):
+        _refused(members, key, "searches by the provider are billed apart and are not supported here", False)
     for key in ("models", "route", "provider", "plugins"):
         _refused(members, key, "would let the provider choose what is billed; the upstream does not allow it")
+    _refuse_server_tools(members)
     limits = [
         limit
         for key in ("max_completion_tokens", "max_tokens")
@@ -136,7 +166,8 @@ def parse(body: bytes) -> ChatRequest:
         stream=bool(_typed(members, "stream", bool)),
         include_usage=bool(options and options.include_usage),
         choices=choices or 1,
-        output_limit_tokens=min(limits) if limits else None,
+        # Which of the two a provider obeys is its choice.
+        output_limit_tokens=max(limits) if limits else None,
         bounded_input=all(
             part.type in ("text", "refusal")
             for message in messages
@@ -173,6 +204,9 @@ def count_input(request: ChatRequest, counter: TokenCounter, facts: ModelFacts) 
     if exact and counter.exact:
         bound = best + (_TOOLS_OVERHEAD_TOKENS if "tools" in request.members or "functions" in request.members else 0)
     else:
+        if request.bounded_input:
+            # The JSON itself, so that members that are not known here, such as documents, are inside the bound.
+            size_bytes = sum(memoryview(raw).nbytes for raw in request.members.values())
         bound = size_bytes + _FOREIGN_OVERHEAD_TOKENS + _FOREIGN_TOKENS_PER_MESSAGE * messages
     if not request.bounded_input:
         if facts.context_limit_tokens is None:
@@ -185,7 +219,7 @@ def count_input(request: ChatRequest, counter: TokenCounter, facts: ModelFacts) 
     return InputCount(best_tokens=best, bound_tokens=bound, exact=exact)
 
 
-def _texts(request: ChatRequest) -> Any:
+def _texts(request: ChatRequest) -> Iterator[str]:
     for message in request.messages:
         yield message.role
         if isinstance(message.content, str):

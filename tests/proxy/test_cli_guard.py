@@ -33,8 +33,9 @@ time.sleep(60)
 _OWNER = """
 import sys, time
 from pathlib import Path
-from behest_proxy.cli.guarded import Guarded
-child = Guarded.start("child", [sys.executable, "-c", sys.argv[2]], log=Path(sys.argv[1]))
+from behest_proxy.cli.guarded import Guarded, Stop
+stop = Stop(linger_s=float(sys.argv[3]))
+child = Guarded.start("child", [sys.executable, "-c", sys.argv[2]], log=Path(sys.argv[1]), stop=stop)
 print(child.pid, flush=True)
 time.sleep(60)
 """
@@ -116,7 +117,7 @@ def test_a_program_that_does_not_exist_is_told_at_once(tmp_path: Path) -> None:
 
 def test_kill_9_of_the_owner_stops_the_child_politely(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    owner = subprocess.Popen([sys.executable, "-c", _OWNER, str(log), _POLITE], stdout=subprocess.PIPE, text=True)
+    owner = subprocess.Popen([sys.executable, "-c", _OWNER, str(log), _POLITE, "0"], stdout=subprocess.PIPE, text=True)
     assert owner.stdout is not None
     child = int(owner.stdout.readline())
     assert eventually(lambda: "up" in log.read_text())
@@ -201,3 +202,19 @@ def test_an_unknown_signal_is_refused(capfd: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         guard.main(["--stop-signal", "SIGNONSENSE", "--", "true"])
     assert "unknown signal 'SIGNONSENSE'" in capfd.readouterr().err
+
+
+def test_a_child_that_others_still_need_lingers_when_its_owner_ends(tmp_path: Path) -> None:
+    """The owner's end is told to all guardians at once; a database must outlive what settles into it."""
+    owner = subprocess.Popen(
+        [sys.executable, "-c", _OWNER, str(tmp_path / "log"), _POLITE, "0.7"], stdout=subprocess.PIPE, text=True
+    )
+    assert owner.stdout is not None
+    child = int(owner.stdout.readline())
+    assert eventually(lambda: "up" in (tmp_path / "log").read_text())
+    owner.kill()
+    owner.wait()
+    owner.stdout.close()
+    killed = time.monotonic()
+    assert eventually(lambda: not alive(child))
+    assert time.monotonic() - killed > 0.5

@@ -232,7 +232,7 @@ def test_a_second_ctrl_c_waits_for_nobody(bench: Bench) -> None:
     time.sleep(0.2)
     assert end(process, signal.SIGINT)[0] == 0
     assert not alive(ready["proxy_pid"])
-    assert bench.order() == ["sim stopped"]
+    assert "proxy stopped" not in bench.order()
 
 
 def test_kill_9_leaves_nothing_behind(bench: Bench) -> None:

@@ -63,14 +63,26 @@ def test_it_refuses_what_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture
         ["--recordings", str(tmp_path / "none")],
         ["--tls-key", str(tmp_path / "key")],
         ["--tls-cert", str(tmp_path / "certificate")],
-        ["--port", "70000"],
-        ["--host", "not an address"],
+        ["--host", "192.0.2.1"],
     ):
         arguments = arguments_of(*words)
         assert arguments.run(arguments) == 1
         assert capsys.readouterr().err.startswith("behest sim: ")
 
 
+@pytest.mark.parametrize("port", ["70000", "-1", "http"])
+def test_a_port_that_is_none_is_refused(port: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        arguments_of("--port", port)
+    assert "--port" in capsys.readouterr().err
+
+
 def test_help_names_every_member() -> None:
     table = sim.behaviour_table()
     assert all(f"  {row.name}: {row.values} (default {row.default})" in table for row in behaviour_help())
+
+
+def test_every_member_is_documented() -> None:
+    page = Path(__file__).parents[2].joinpath("docs", "simulator.md").read_text(encoding="utf-8")
+    for row in behaviour_help():
+        assert f"| `{row.name}` | {row.values} | `{row.default}` | {row.meaning} |" in page, row.name

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from behest_proxy.upstream import UpstreamRequest
-from behest_proxy.upstream.http2 import STREAM_WINDOW_BYTES
+from behest_proxy.upstream.http2_settings import STREAM_WINDOW_BYTES
 from proxy.upstream_servers import (
     LOOPS,
     H2Peer,

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from uuid import UUID
 
 from behest_ledger.holds import Answer, Extension, Gone, Granted, Refused
-from behest_ledger.store.errors import LedgerConflictError, LedgerError
+from behest_ledger.store.errors import LedgerConflictError, LedgerError, LedgerUnavailableError
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +104,10 @@ class CreditDesk:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+        for line in self._lines.values():
+            for ask in line:
+                if ask.timer is not None:
+                    ask.timer.cancel()
         self._asks.clear()
         self._lines.clear()
 
@@ -155,6 +159,10 @@ class CreditDesk:
                 continue
             except LedgerError as error:
                 failure = error
+            except Exception as error:
+                # Whatever it was, nobody is left without an answer.
+                logger.exception("asking for credit failed in an unknown way")
+                failure = LedgerUnavailableError(f"{type(error).__name__}: {error}")
             else:
                 failure = None
             break

@@ -27,23 +27,21 @@ class SchemaError(LedgerError):
     """The schema is missing or is not one that this version can use."""
 
 
-_UNAVAILABLE = (
-    OSError,
-    TimeoutError,
-    asyncio.TimeoutError,
-    asyncpg.InterfaceError,
-    asyncpg.PostgresConnectionError,
-    asyncpg.CannotConnectNowError,
-    asyncpg.AdminShutdownError,
-    asyncpg.CrashShutdownError,
-    asyncpg.TooManyConnectionsError,
-    asyncpg.LockNotAvailableError,
-    asyncpg.QueryCanceledError,
-    asyncpg.InvalidAuthorizationSpecificationError,
-    asyncpg.InvalidCatalogNameError,
-    asyncpg.DiskFullError,
-    asyncpg.OutOfMemoryError,
-    asyncpg.ReadOnlySQLTransactionError,
+_UNAVAILABLE = (OSError, TimeoutError, asyncio.TimeoutError, asyncpg.InterfaceError, asyncpg.InternalClientError)
+
+# By SQLSTATE, or its first two characters, the class (PostgreSQL's documentation, appendix A). It matters: what is
+# refused is put aside for somebody to look at, what is unavailable is tried again.
+_CONFLICT = ("40",)
+_SCHEMA = ("42", "3F")
+_NOW_UNAVAILABLE = (
+    "08",  # connection
+    "28",  # authorisation of the login
+    "3D",  # no such database
+    "53",  # insufficient resources: disk, memory, connections
+    "57",  # operator intervention: shutdown, cancelled statement
+    "58",  # the system below PostgreSQL
+    "25006",  # read only: a standby
+    "55P03",  # lock timeout
 )
 
 
@@ -52,15 +50,20 @@ def mapped() -> Iterator[None]:
     """Turn what asyncpg raises inside into the errors of this module."""
     try:
         yield
-    except (asyncpg.DeadlockDetectedError, asyncpg.SerializationError) as error:
-        raise LedgerConflictError(str(error)) from error
+    except asyncpg.PostgresError as error:
+        raise _of_state(error) from error
     except _UNAVAILABLE as error:
         raise LedgerUnavailableError(f"{type(error).__name__}: {error}") from error
-    except (
-        asyncpg.UndefinedTableError,
-        asyncpg.UndefinedFunctionError,
-        asyncpg.InvalidSchemaNameError,
-    ) as error:
-        raise SchemaError(f"{error}: run `behest ledger migrate`") from error
-    except asyncpg.PostgresError as error:
-        raise LedgerRefusedError(f"{type(error).__name__}: {error}") from error
+
+
+def _of_state(error: asyncpg.PostgresError) -> LedgerError:
+    state: str = getattr(error, "sqlstate", None) or ""
+    if state.startswith(_CONFLICT):
+        return LedgerConflictError(str(error))
+    if state.startswith(_NOW_UNAVAILABLE):
+        return LedgerUnavailableError(f"{type(error).__name__}: {error}")
+    if isinstance(error, asyncpg.InsufficientPrivilegeError):
+        return SchemaError(f"{error}: this role lacks a grant")
+    if state.startswith(_SCHEMA):
+        return SchemaError(f"{error}: run `behest ledger migrate`")
+    return LedgerRefusedError(f"{type(error).__name__}: {error}")

@@ -1,6 +1,7 @@
 """Admit, extend and settle: the three calls that move money, one round trip each."""
 
 import asyncio
+import re
 from collections.abc import Sequence
 from typing import Literal
 from uuid import UUID
@@ -8,10 +9,15 @@ from uuid import UUID
 import msgspec
 
 from behest_ledger.holds import Admission, Answer, Extension, Gone, Granted, Refused, Settlement
-from behest_ledger.store.errors import mapped
+from behest_ledger.store.errors import LedgerConflictError, mapped
 from behest_ledger.store.pool import COMMAND_TIMEOUT_S, Connection
 
 Result = Literal["settled", "already", "unknown"]
+
+ADMIT_ATTEMPTS_MAX = 3
+"""A conflict moved nothing, so an admission is asked again; after this many it fails."""
+
+_NUL = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")
 
 
 class Settled(msgspec.Struct, frozen=True):
@@ -26,8 +32,18 @@ class Settled(msgspec.Struct, frozen=True):
 async def admit(pool: Connection, admission: Admission) -> Answer:
     """Hold money for one request in all windows that match it, or in none.
 
-    Raises `LedgerUnavailableError`: then the result is unknown, and the caller must void the request.
+    Raises `LedgerUnavailableError`: then the result is unknown, and the caller must void the request. Raises
+    `LedgerConflictError` after several conflicts and `LedgerRefusedError`: nothing is held.
     """
+    for attempt in range(1, ADMIT_ATTEMPTS_MAX):
+        try:
+            return await _admit(pool, admission)
+        except LedgerConflictError:
+            await asyncio.sleep(0.005 * 2**attempt)
+    return await _admit(pool, admission)
+
+
+async def _admit(pool: Connection, admission: Admission) -> Answer:
     with mapped():
         async with asyncio.timeout(COMMAND_TIMEOUT_S):
             answer = await pool.fetchval(
@@ -35,7 +51,7 @@ async def admit(pool: Connection, admission: Admission) -> Answer:
                 admission.tenant_id,
                 admission.request_id,
                 admission.holder_id,
-                msgspec.json.encode(admission.attributes).decode(),
+                _jsonb(admission.attributes),
                 admission.price_key,
                 admission.input_tokens,
                 admission.input_amount_pico,
@@ -75,9 +91,14 @@ async def settle(pool: Connection, settlements: Sequence[Settlement]) -> list[Se
         async with asyncio.timeout(COMMAND_TIMEOUT_S):
             rows = await pool.fetch(
                 "SELECT request_id, result, overrun FROM ledger.settle_batch_v1($1::text::jsonb)",
-                msgspec.json.encode(settlements).decode(),
+                _jsonb(settlements),
             )
     return [Settled(row["request_id"], row["result"], row["overrun"]) for row in rows]
+
+
+def _jsonb(value: object) -> str:
+    """JSON that `jsonb` takes: it has no place for the character NUL, which a provider's answer may well contain."""
+    return _NUL.sub(r"\1\\ufffd", msgspec.json.encode(value).decode())
 
 
 class _Verdict(msgspec.Struct):

@@ -109,10 +109,10 @@ class BudgetState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def budgets_of(connection: Connection, tenant_id: str, attributes: dict[str, Any]) -> list[BudgetState]:
-    """The budgets that would bind a request with these attributes; a budget not used yet shows its whole limit.
+    """The budgets that can bind a request with these attributes; a budget not used yet shows its whole limit.
 
-    An attribute that is not given matches only budgets that do not name it, except that a budget per model or per
-    session shows the subject of what is given. Raises `LedgerUnavailableError`.
+    Only an attribute that is given and does not fit leaves a budget out: without a model, budgets of any model are
+    shown. Raises `LedgerUnavailableError`.
     """
     with mapped():
         rows = await connection.fetch(

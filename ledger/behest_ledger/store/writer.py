@@ -89,27 +89,37 @@ class SettlementWriter:
                 await self._write(batch)
             except (LedgerUnavailableError, LedgerConflictError, SchemaError) as error:
                 logger.warning("settling %d requests failed, trying again: %s", len(batch), error)
-                await asyncio.sleep(retry_s)
-                retry_s = min(retry_s * 2, RETRY_MAX_S)
+            except Exception:
+                logger.exception("settling %d requests failed in an unknown way, trying again", len(batch))
+            else:
+                retry_s = RETRY_FIRST_S
+                await asyncio.sleep(max(0.0, started_s + BATCH_INTERVAL_S - loop.time()))
                 continue
-            retry_s = RETRY_FIRST_S
-            for _ in batch:
-                self._queue.popleft()
-            await asyncio.sleep(max(0.0, started_s + BATCH_INTERVAL_S - loop.time()))
+            await asyncio.sleep(retry_s)
+            retry_s = min(retry_s * 2, RETRY_MAX_S)
 
     async def _write(self, batch: Sequence[Settlement]) -> None:
+        """Write the head of the queue, and take from it what was written, from the left to the right."""
         try:
             results = await self._settle(batch)
         except LedgerRefusedError as error:
             if len(batch) == 1:
-                self.quarantined.append(batch[0])
+                self.quarantined.append(self._queue.popleft())
                 logger.critical("settlement of request %s was refused and put aside: %s", batch[0].request_id, error)
                 return
             middle = len(batch) // 2
             await self._write(batch[:middle])
             await self._write(batch[middle:])
             return
+        charged = {item.request_id for item in batch if item.state == "settled"}
+        for _ in batch:
+            self._queue.popleft()
         for result in results:
             if result.overrun:
                 logger.error("request %s cost more than its budget could pay", result.request_id)
-            self._on_settled(result)
+            if result.result == "unknown" and result.request_id in charged:
+                logger.critical("request %s was charged, but the books do not know it", result.request_id)
+            try:
+                self._on_settled(result)
+            except Exception:
+                logger.exception("nobody could be told that request %s is settled", result.request_id)

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import msgspec
@@ -132,7 +133,7 @@ def _rates(gateway: Gateway, found: Route) -> Rates | None:
     if book is None:
         return None
     provider = found.provider or book.provider_for_url(found.upstream.spec.base_url)
-    return book.resolve(provider, found.upstream_name)
+    return book.resolve(provider, found.upstream_name, at=datetime.now(UTC))
 
 
 def _facts(found: Route) -> ModelFacts:

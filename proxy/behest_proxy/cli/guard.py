@@ -88,11 +88,18 @@ class Guardian:
     """Watches the child, the lifeline and the signals; one thread, one selector."""
 
     def __init__(
-        self, child: subprocess.Popen[bytes], *, stops: Sequence[int], grace_s: float, log: RotatingLog | None
+        self,
+        child: subprocess.Popen[bytes],
+        *,
+        stops: Sequence[int],
+        grace_s: float,
+        linger_s: float,
+        log: RotatingLog | None,
     ) -> None:
         self._child = child
         self._stops = list(stops)
         self._grace_s = grace_s
+        self._linger_s = linger_s
         self._log = log
         self._step = 0
         self._deadline: float | None = None
@@ -131,8 +138,8 @@ class Guardian:
     def _on_signals(self, descriptor: int) -> None:
         for number in os.read(descriptor, 512):
             if number == _OWNER_DIED:
-                if os.getppid() != self._parent and self._step == 0:
-                    self._next_step()
+                if os.getppid() != self._parent:
+                    self._owner_ended()
             elif number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
                 self._next_step()
 
@@ -143,8 +150,11 @@ class Guardian:
         except OSError:
             pass
         self._selector.unregister(descriptor)
-        if self._step == 0:
-            self._next_step()
+        self._owner_ended()
+
+    def _owner_ended(self) -> None:
+        if self._step == 0 and self._deadline is None:
+            self._deadline = time.monotonic() + self._linger_s
 
     def _on_output(self, descriptor: int) -> None:
         try:
@@ -214,6 +224,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--stop-signal", type=_signal_number, default=signal.SIGTERM, metavar="NAME")
     parser.add_argument("--last-signal", type=_signal_number, default=signal.SIGKILL, metavar="NAME")
     parser.add_argument("--grace-s", type=float, default=3.0, help="seconds between the signals (default 3)")
+    parser.add_argument("--linger-s", type=float, default=0.0, help="seconds to wait when the owner ended")
     parser.add_argument("--log", help="file for the command's output; without it, standard error")
     parser.add_argument("--log-limit-bytes", type=int, default=8_000_000)
     parser.add_argument("--cwd", help="the command's working folder")
@@ -245,7 +256,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 127
     _say(f"started {child.pid}")
     stops = [options.stop_signal, options.last_signal, signal.SIGKILL]
-    return Guardian(child, stops=stops, grace_s=options.grace_s, log=log).watch(reader)
+    guardian = Guardian(child, stops=stops, grace_s=options.grace_s, linger_s=options.linger_s, log=log)
+    return guardian.watch(reader)
 
 
 if __name__ == "__main__":

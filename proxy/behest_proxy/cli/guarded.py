@@ -15,6 +15,7 @@ from typing import Self
 from behest_proxy.cli import guard
 
 _START_S = 20.0
+_REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
 
 class GuardedStartError(Exception):
@@ -37,6 +38,8 @@ class Stop:
     first: signal.Signals = signal.SIGTERM
     last: signal.Signals = signal.SIGKILL
     grace_s: float = 3.0
+    linger_s: float = 0.0
+    """How long it goes on when its owner ended unasked, for others that still need it then."""
 
 
 class Guarded:
@@ -70,7 +73,7 @@ class Guarded:
         # -I -S: the guardian needs nothing but the standard library, and starts in half the time.
         arguments = [sys.executable, "-I", "-S", guard.__file__]
         arguments += ["--stop-signal", stop.first.name, "--last-signal", stop.last.name]
-        arguments += ["--grace-s", str(stop.grace_s), "--log", str(log)]
+        arguments += ["--grace-s", str(stop.grace_s), "--linger-s", str(stop.linger_s), "--log", str(log)]
         if account is not None:
             arguments += ["--uid", str(account.uid), "--gid", str(account.gid)]
         if folder is not None:
@@ -118,10 +121,12 @@ class Guarded:
 
     def stop(self) -> None:
         """Ask it to end, and return at once. Every further call takes the next step of `Stop`."""
+        # Different numbers for the same request: two pending signals of one number arrive as one.
+        number = _REQUESTS[min(self._asked, len(_REQUESTS) - 1)]
         self._asked += 1
         if self._guardian.poll() is None:
             with contextlib.suppress(ProcessLookupError):
-                self._guardian.send_signal(signal.SIGTERM)
+                self._guardian.send_signal(number)
 
     def wait(self, timeout_s: float) -> bool:
         """Whether it ended within the time; its pipes are closed then."""

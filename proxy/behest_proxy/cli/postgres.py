@@ -88,11 +88,16 @@ class Postgres:
 
 
 def launch(
-    folder: DataFolder, *, say: Callable[[str], None] = _nothing, environment: Mapping[str, str] | None = None
+    folder: DataFolder,
+    *,
+    say: Callable[[str], None] = _nothing,
+    environment: Mapping[str, str] | None = None,
+    linger_s: float = 0.0,
 ) -> Postgres:
     """Make the database of this data folder if it is missing, start it, and wait until it takes connections.
 
-    `say` is told what a person should know (an unusual place, a server of an earlier life). Raises `UserError`.
+    `say` is told what a person should know (an unusual place, a server of an earlier life). `linger_s`: how long
+    the server goes on when this process is killed. Raises `UserError`.
     """
     environment = dict(os.environ) if environment is None else dict(environment)
     place = choose_place(folder, say)
@@ -113,7 +118,7 @@ def launch(
         else:
             stop_stale(place.data, say)
             password = _password_of_existing(folder, place, binaries)
-        process, port = _start(place, binaries, folder.logs / "postgres.log")
+        process, port = _start(place, binaries, folder.logs / "postgres.log", linger_s=linger_s)
         dsn = f"postgresql://{USER}:{password}@127.0.0.1:{port}/{DATABASE}"
         return Postgres(
             dsn=dsn,
@@ -226,7 +231,7 @@ def _last_port(place: Place) -> int:
         return 0
 
 
-def _start(place: Place, binaries: Binaries, log: Path) -> tuple[Guarded, int]:
+def _start(place: Place, binaries: Binaries, log: Path, *, linger_s: float) -> tuple[Guarded, int]:
     last = _last_port(place)
     lines: list[str] = []
     for _ in range(_ATTEMPTS):
@@ -240,7 +245,7 @@ def _start(place: Place, binaries: Binaries, log: Path) -> tuple[Guarded, int]:
                 command,
                 log=log,
                 environment=_plain_environment(),
-                stop=Stop(signal.SIGINT, signal.SIGQUIT, grace_s=3.0),  # fast shutdown, then immediate
+                stop=Stop(signal.SIGINT, signal.SIGQUIT, linger_s=linger_s),  # fast shutdown, then immediate
                 account=place.account,
                 folder=place.path,
             )

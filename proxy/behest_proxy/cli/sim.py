@@ -32,12 +32,20 @@ def add_parser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=0, help="port to listen on (default: any free one)")
+    parser.add_argument("--port", type=_port, default=0, help="port to listen on (default: any free one)")
     parser.add_argument("--port-file", type=Path, metavar="PATH", help="write the port here once it listens")
     parser.add_argument("--recordings", type=Path, metavar="DIR", help="recorded answers that requests may name")
     parser.add_argument("--tls-cert", type=Path, metavar="PEM", help="speak TLS, with ALPN, by this certificate")
     parser.add_argument("--tls-key", type=Path, metavar="PEM", help="the certificate's key, where it is apart")
     parser.set_defaults(run=run)
+
+
+def _port(word: str) -> int:
+    port = int(word)
+    # uvloop would take a larger number modulo 65,536.
+    if not 0 <= port <= 65_535:
+        raise argparse.ArgumentTypeError(f"{port} is no port: they are 0 to 65535")
+    return port
 
 
 def behaviour_table() -> str:
@@ -70,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
         with asyncio.Runner(loop_factory=_new_event_loop) as runner:
             runner.run(_serve(server, arguments.port_file))
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         return _fail(str(error))
     return 0
 

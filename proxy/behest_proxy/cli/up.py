@@ -28,6 +28,7 @@ from behest_proxy.cli.welcome import Welcome, greet
 _READY_S = 30.0
 _SIMULATOR_S = 20.0
 _DRAIN_S = "1.5"  # whoever pressed Ctrl-C is waiting: all of it ends within 5 s
+_LINGER_S = 2.5  # when we are killed: the sidecar still needs the others, to drain and to settle
 BEHEST: tuple[str, ...] = (sys.executable, "-P", "-m", "behest_proxy.cli.main")
 """How the child processes are started: by this very installation, whatever is on PATH."""
 _DEMO_TOKEN = {"user_id": "demo-user", "session_id": "first-session", "ttl": 3600}
@@ -204,7 +205,9 @@ class Up:
         notes: list[str] = []
         with self._terminal.step("PostgreSQL") as step:
             # In a thread, and shielded: a first start takes a second and cannot be cut in the middle.
-            work = asyncio.to_thread(launch, self._folder, say=notes.append, environment=self._environment)
+            work = asyncio.to_thread(
+                launch, self._folder, say=notes.append, environment=self._environment, linger_s=_LINGER_S
+            )
             self._launching = asyncio.ensure_future(work)
             postgres = await asyncio.shield(self._launching)
             self._supervisor.add(postgres.process)
@@ -230,7 +233,7 @@ class Up:
                 "the simulator",
                 [*BEHEST, "sim", "--port", "0", "--port-file", port_file],
                 log=self._folder.logs / "sim.log",
-                stop=Stop(grace_s=0.5),
+                stop=Stop(grace_s=0.5, linger_s=_LINGER_S),
             )
         )
 

@@ -127,7 +127,10 @@ def answer_headers(headers: Iterable[Header]) -> list[Header]:
 
 def asks_to_close(headers: Sequence[Header]) -> bool:
     """Whether the application's headers hold `connection: close`."""
-    return any(name.lower() == b"connection" and b"close" in value.lower().split(b",") for name, value in headers)
+    return any(
+        name.lower() == b"connection" and b"close" in value.lower().replace(b" ", b"").split(b",")
+        for name, value in headers
+    )
 
 
 def has_no_body(*, method: str, status: int) -> bool:

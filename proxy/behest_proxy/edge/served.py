@@ -140,10 +140,12 @@ class ServedRequest(ABC):
             self._break_wire()
 
     def _refuse_write(self) -> None:
-        """`write` was called while not open: silently when closed, an error of the application otherwise."""
+        """`write` was called while not open: silently when cut, an error of the application otherwise."""
+        if self.gone:
+            return
         if self.ended:
             raise RuntimeError("write after end")
-        if not self.closed:
+        if not self.begun and not self.closed:
             raise RuntimeError("write before begin")
 
     # --- called by the connection

@@ -102,8 +102,9 @@ def parse_chat_request(body: bytes, *, sim_header: bytes | None = None) -> tuple
 
 
 def _member_at_fault(message: str) -> str | None:
-    found = re.search(r"at `\$\.([^`.\[]*)|missing required field `([^`]*)`", message)
-    return (found[1] or found[2]) if found else None
+    # The place wins over the name: in `messages[0]` it is `messages` that is wrong.
+    found = re.search(r"at `\$\.([^`.\[]*)", message) or re.search(r"missing required field `([^`]*)`", message)
+    return found[1] if found else None
 
 
 def count_prompt_tokens(messages: list[Message]) -> int:

@@ -7,7 +7,7 @@
 - `pool`: one origin's connections, and the calls that wait for one.
 - `live_call`: one call from `send` to its one end: phases, timers, pause, the handler's only caller.
 - `http1`, `bodies`: an HTTP/1.1 connection and the three ways a body is framed on it.
-- `http2`, `frames`: an HTTP/2 connection; `h2` keeps its state, DATA frames are read by hand.
+- `http2`, `stream`, `frames`, `http2_settings`: an HTTP/2 connection; `h2` keeps its state, DATA is read by hand.
 
 The way of a byte is one synchronous call chain, `data_received` to `UpstreamHandler.on_data`: no task, no queue,
 no await. Only opening a connection is a task. Logs and failure messages name origins, never headers or bodies.

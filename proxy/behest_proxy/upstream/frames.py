@@ -24,6 +24,31 @@ _WINDOW_UPDATE: Final = Struct(">BHBBII")
 _GOAWAY_HEAD: Final = Struct(">II")
 
 
+class Tail:
+    """The incomplete frame at the end of a read, until the next reads have completed it."""
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+        self._needed_bytes = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._bytes)
+
+    def keep(self, rest: bytes, *, needed_bytes: int) -> None:
+        """Keep an incomplete frame; it says nothing before `needed_bytes` are there."""
+        self._bytes += rest
+        self._needed_bytes = needed_bytes
+
+    def complete(self, data: bytes) -> bytes:
+        """The kept bytes and `data`, or nothing while that is no whole frame."""
+        self._bytes += data
+        if len(self._bytes) < self._needed_bytes:
+            return b""
+        data = bytes(self._bytes)
+        self._bytes.clear()
+        return data
+
+
 def window_update(stream_id: int, increment: int) -> bytes:
     """A WINDOW_UPDATE frame; stream 0 is the connection."""
     return _WINDOW_UPDATE.pack(0, 4, 0x8, 0, stream_id, increment)

@@ -15,8 +15,6 @@ import asyncio
 from contextlib import suppress
 from typing import Protocol
 
-from h2.config import H2Configuration
-from h2.connection import H2Connection
 from h2.errors import ErrorCodes
 from h2.events import (
     DataReceived,
@@ -28,24 +26,21 @@ from h2.events import (
     WindowUpdated,
 )
 from h2.exceptions import ProtocolError
-from h2.settings import SettingCodes, Settings
 
 from behest_proxy.upstream import frames
 from behest_proxy.upstream.call import FailureKind
 from behest_proxy.upstream.connector import Connected
+from behest_proxy.upstream.http2_settings import (
+    CONNECTION_WINDOW_BYTES,
+    CONTROL_BACKLOG_BYTES_MAX,
+    FRAME_BYTES_MAX,
+    LAST_STREAM_ID,
+    STREAM_WINDOW_BYTES,
+    STREAMS_MAX,
+    new_h2_state,
+)
 from behest_proxy.upstream.live_call import LiveCall
 from behest_proxy.upstream.stream import Stream
-
-STREAM_WINDOW_BYTES = 256 * 1024
-CONNECTION_WINDOW_BYTES = 16 * 1024 * 1024
-STREAMS_MAX = 250
-"""Streams on one connection, also when the peer allows more: they share one TCP stream and its losses."""
-
-_FRAME_BYTES_MAX = 16 * 1024
-_HEADER_LIST_BYTES_MAX = 64 * 1024
-_LAST_STREAM_ID = 2**30
-_CONTROL_BACKLOG_BYTES_MAX = 1024 * 1024
-"""Answers to PING and SETTINGS that a peer may leave unread."""
 
 _PING_AFTER_S = 5.0
 _PING_TIMEOUT_S = 10.0
@@ -81,8 +76,7 @@ class Http2Connection(asyncio.Protocol):
         """Streams whose request body waits for a window."""
         self._touched: list[Stream] = []
         """Streams with undelivered parts from the read in progress."""
-        self._tail = bytearray()
-        self._tail_needs = 0
+        self._tail = frames.Tail()
         self._in_header_block = False
         self._owed_bytes = 0
         self._reads = 0
@@ -91,17 +85,7 @@ class Http2Connection(asyncio.Protocol):
         self._draining = False
         self.settings_received = False
         self.closed: asyncio.Future[None] = self._loop.create_future()
-        self._h2 = H2Connection(H2Configuration(client_side=True, header_encoding=None))
-        self._h2.local_settings = Settings(
-            client=True,
-            initial_values={
-                SettingCodes.ENABLE_PUSH: 0,
-                SettingCodes.INITIAL_WINDOW_SIZE: STREAM_WINDOW_BYTES,
-                SettingCodes.MAX_HEADER_LIST_SIZE: _HEADER_LIST_BYTES_MAX,
-            },
-        )
-        self._h2.initiate_connection()
-        self._h2.increment_flow_control_window(CONNECTION_WINDOW_BYTES - 65_535)
+        self._h2 = new_h2_state()
         connected.transport.set_protocol(self)
         self._flush()
         self._rest()
@@ -139,19 +123,12 @@ class Http2Connection(asyncio.Protocol):
             self._wake()
         self._streams[stream_id] = stream
         self._highest_id = stream_id
-        if stream_id >= _LAST_STREAM_ID:
+        if stream_id >= LAST_STREAM_ID:
             self._draining = True
         self._origin = str(request.origin)
         call.carried_by(stream)
-        headers = [
-            (b":method", request.method),
-            (b":scheme", request.origin.scheme.encode("ascii")),
-            (b":authority", request.origin.authority.encode("ascii")),
-            (b":path", request.target),
-            *request.headers,
-        ]
         try:
-            self._h2.send_headers(stream_id, headers, end_stream=not request.body)
+            self._h2.send_headers(stream_id, stream.send_fields(), end_stream=not request.body)
         except ProtocolError:
             # Not known to be possible: the request is clean and there is capacity.
             self._streams.pop(stream_id)
@@ -199,26 +176,22 @@ class Http2Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Walk one read through to the handlers: one `on_data` for each stream in it."""
         if self._tail:
-            self._tail += data
-            if len(self._tail) < self._tail_needs:
+            data = self._tail.complete(data)
+            if not data:
                 return
-            data = bytes(self._tail)
-            self._tail.clear()
         self._reads += 1
         try:
-            rest = self._walk(data)
+            self._walk(data)
         except (ProtocolError, ValueError):
             # The text of these may quote header values.
             self._deliver_touched()
             self._break_off("the peer broke the rules of HTTP/2")
             return
-        if rest < len(data):
-            self._tail += data[rest:]
         self._deliver_touched()
         if self._owed_bytes >= CONNECTION_WINDOW_BYTES // 4:
             self._transport.write(frames.window_update(0, self._owed_bytes))
             self._owed_bytes = 0
-        if self._writing_paused and self._transport.get_write_buffer_size() > _CONTROL_BACKLOG_BYTES_MAX:
+        if self._writing_paused and self._transport.get_write_buffer_size() > CONTROL_BACKLOG_BYTES_MAX:
             self._break_off("the peer does not read the answers to its own frames")
 
     def pause_writing(self) -> None:
@@ -249,20 +222,19 @@ class Http2Connection(asyncio.Protocol):
 
     # The way of a frame.
 
-    def _walk(self, data: bytes) -> int:
-        """Take all whole frames; return where the incomplete one starts. Raises ProtocolError, ValueError."""
-        position, size = 0, len(data)
-        self._tail_needs = frames.HEAD_BYTES
+    def _walk(self, data: bytes) -> None:
+        """Take all whole frames and keep the incomplete one. Raises ProtocolError, ValueError."""
+        position, size, needed = 0, len(data), frames.HEAD_BYTES
         while size - position >= frames.HEAD_BYTES:
             upper, lower, kind, flags, stream_id = frames.read_head(data, position)
             stream_id &= 0x7FFFFFFF
             length = upper << 16 | lower
             start = position + frames.HEAD_BYTES
             end = start + length
-            if length > _FRAME_BYTES_MAX:
+            if length > FRAME_BYTES_MAX:
                 raise ProtocolError("a frame is longer than we allow")
             if end > size:
-                self._tail_needs = end - position
+                needed = end - position
                 break
             if kind == frames.DATA and not self._in_header_block:
                 stream = self._streams.get(stream_id)
@@ -281,7 +253,8 @@ class Http2Connection(asyncio.Protocol):
                 self._in_header_block = kind in frames.HEADER_BLOCK_TYPES and not flags & frames.END_HEADERS
                 self._tell_h2(data[position:end])
             position = end
-        return position
+        if position < size:
+            self._tail.keep(data[position:], needed_bytes=needed)
 
     def _receive_data(self, stream: Stream, flags: int, payload: bytes) -> None:
         """DATA that `h2` does not see."""
@@ -337,16 +310,8 @@ class Http2Connection(asyncio.Protocol):
 
     def _receive_head(self, event: ResponseReceived) -> None:
         stream = self._streams.get(event.stream_id)
-        if stream is None:
-            return
-        headers = [(bytes(name), bytes(value)) for name, value in event.headers]
-        status = int(dict(headers)[b":status"])
-        headers = [header for header in headers if not header[0].startswith(b":")]
-        length = dict(headers).get(b"content-length")
-        if length is not None and status not in (204, 304):
-            stream.expected_bytes = int(length)
-        stream.by_hand = length is None
-        stream.call.head(status, headers)
+        if stream is not None:
+            stream.receive_fields((bytes(name), bytes(value)) for name, value in event.headers)
 
     def _receive_data_event(self, event: DataReceived) -> None:
         stream = self._streams.get(event.stream_id)
@@ -364,10 +329,9 @@ class Http2Connection(asyncio.Protocol):
         stream.ended = True
         self._deliver(stream)
         # Answered early, the rest of the request is not wanted (RFC 9113, 8.1).
-        unsent = stream.body_sent < len(stream.call.request.body)
-        if not self._remove(stream, reset=ErrorCodes.CANCEL if unsent else None):
+        if not self._remove(stream, reset=ErrorCodes.CANCEL if stream.body_unsent else None):
             return
-        if stream.expected_bytes is not None and stream.received_bytes != stream.expected_bytes:
+        if stream.is_short:
             stream.call.fail("protocol", f"{self._origin}: a body that is not as long as announced")
         else:
             stream.call.end()
@@ -413,11 +377,8 @@ class Http2Connection(asyncio.Protocol):
             self._deliver(stream)
 
     def _deliver(self, stream: Stream) -> None:
-        parts = stream.parts
-        if parts:
-            payload = parts[0] if len(parts) == 1 else b"".join(parts)
-            parts.clear()
-            stream.call.data(payload)
+        if stream.parts:
+            stream.call.data(stream.take_parts())
             self.give_back(stream)
 
     def _send_bodies(self) -> None:

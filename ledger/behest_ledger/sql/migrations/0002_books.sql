@@ -59,7 +59,8 @@ CREATE TABLE ledger.hold (
     output_rate_pico numeric(38, 0) NOT NULL DEFAULT 0,
     granted_output_tokens bigint NOT NULL DEFAULT 0,
     last_seq integer NOT NULL DEFAULT 0,
-    answer jsonb,                               -- the last answer given, repeated to whoever asks again
+    answer jsonb,                               -- the admission's answer, repeated to whoever asks again; NULL: never admitted
+    extension jsonb,                            -- the answer to the extension `last_seq`
     admitted_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     ended_at timestamptz,
     PRIMARY KEY (tenant_id, month, request_id)
@@ -102,9 +103,9 @@ CREATE TABLE ledger.request (
     attributes jsonb NOT NULL,                  -- the rest of the attribution: tier, upstream, provider, workload, team ...
     outcome text NOT NULL,
     source text NOT NULL,                       -- who counted: provider, local, estimate, none
-    input_tokens bigint NOT NULL,
-    output_tokens bigint NOT NULL,
-    amount_pico numeric(38, 0) NOT NULL,
+    input_tokens bigint NOT NULL CHECK (input_tokens >= 0),
+    output_tokens bigint NOT NULL CHECK (output_tokens >= 0),
+    amount_pico numeric(38, 0) NOT NULL CHECK (amount_pico >= 0),
     price_key text NOT NULL,
     byok boolean NOT NULL DEFAULT false,
     facts jsonb NOT NULL,                       -- chunks, finish reasons, times: what explains the charge
@@ -137,7 +138,8 @@ LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
     ) AT TIME ZONE 'UTC')::date;
 $$;
 
--- Partitions for the months from p_from on. Rows of other months go to the default partitions, never astray.
+-- Partitions for the months from p_from on. Rows of other months go to the default partitions, never astray; a month
+-- that has rows there already stays there, for PostgreSQL makes no partition beside them.
 CREATE FUNCTION ledger.make_partitions_v1(p_from date, p_months integer) RETURNS integer
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -145,6 +147,7 @@ DECLARE
     v_month date;
     v_name text;
     v_made integer := 0;
+    v_astray boolean;
 BEGIN
     FOREACH v_table IN ARRAY ARRAY['hold', 'hold_line', 'posting', 'request', 'usage_line'] LOOP
         EXECUTE format('CREATE TABLE IF NOT EXISTS ledger.%I PARTITION OF ledger.%I DEFAULT',
@@ -152,7 +155,9 @@ BEGIN
         FOR i IN 0 .. p_months - 1 LOOP
             v_month := date_trunc('month', p_from)::date + make_interval(months => i);
             v_name := v_table || to_char(v_month, '_YYYY_MM');
-            IF to_regclass('ledger.' || quote_ident(v_name)) IS NULL THEN
+            EXECUTE format('SELECT EXISTS (SELECT FROM ledger.%I WHERE month >= %L AND month < %L)',
+                           v_table || '_default', v_month, (v_month + interval '1 month')::date) INTO v_astray;
+            IF to_regclass('ledger.' || quote_ident(v_name)) IS NULL AND NOT v_astray THEN
                 EXECUTE format('CREATE TABLE ledger.%I PARTITION OF ledger.%I FOR VALUES FROM (%L) TO (%L)',
                                v_name, v_table, v_month, (v_month + interval '1 month')::date);
                 v_made := v_made + 1;

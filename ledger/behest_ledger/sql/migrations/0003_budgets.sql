@@ -5,21 +5,24 @@ CREATE FUNCTION ledger.window_bounds_v1(
     p_period text, p_alignment text, p_zone text, p_at timestamptz,
     OUT starts_at timestamptz, OUT ends_at timestamptz
 ) LANGUAGE plpgsql STABLE AS $$
+DECLARE
+    v_local timestamp;
 BEGIN
     IF p_period = 'lifetime' THEN
         starts_at := p_at;
         ends_at := NULL;
-    ELSIF p_alignment = 'rolling' THEN
-        starts_at := p_at;
-        ends_at := p_at + ('1 ' || p_period)::interval;
+    ELSIF p_period IN ('minute', 'hour') THEN
+        starts_at := CASE p_alignment WHEN 'rolling' THEN p_at ELSE date_trunc(p_period, p_at, p_zone) END;
+        ends_at := starts_at + ('1 ' || p_period)::interval;
     ELSE
-        starts_at := date_trunc(p_period, p_at, p_zone);
-        IF p_period IN ('minute', 'hour') THEN
-            ends_at := starts_at + ('1 ' || p_period)::interval;
-        ELSE
-            -- Days are added to the local date: a day with a clock change has 23 or 25 hours.
-            ends_at := ((starts_at AT TIME ZONE p_zone) + ('1 ' || p_period)::interval) AT TIME ZONE p_zone;
+        -- Days are added to the local date: a day with a clock change has 23 or 25 hours. From the local time, not
+        -- back from `starts_at`: where the clock changes at midnight, a day begins at one.
+        v_local := p_at AT TIME ZONE p_zone;
+        IF p_alignment = 'calendar' THEN
+            v_local := date_trunc(p_period, v_local);
         END IF;
+        starts_at := CASE p_alignment WHEN 'rolling' THEN p_at ELSE v_local AT TIME ZONE p_zone END;
+        ends_at := (v_local + ('1 ' || p_period)::interval) AT TIME ZONE p_zone;
     END IF;
 END
 $$;

@@ -29,7 +29,8 @@ LANGUAGE sql VOLATILE AS $$
         'held', (p_window.held + p_window.suspense)::text,
         'remaining', greatest(p_window.limit_amount - p_window.spent - p_window.held - p_window.suspense, 0)::text,
         'resets_at', p_window.ends_at,
-        'retry_after_s', ceil(extract(epoch FROM p_window.ends_at - clock_timestamp()))::integer);
+        'retry_after_s', CASE WHEN p_window.ends_at IS NOT NULL THEN
+            greatest(ceil(extract(epoch FROM p_window.ends_at - clock_timestamp())), 1)::integer END);
 $$;
 
 -- How many output tokens a window grants: what can be afforded, at most the wish, and of the rest only a share,
@@ -39,8 +40,8 @@ CREATE FUNCTION ledger.grant_v1(
 ) RETURNS bigint LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
     SELECT CASE
         WHEN p_available < p_need * p_rate OR p_available < 0 THEN -1
-        WHEN p_rate = 0 THEN p_want
-        ELSE least(p_want::numeric, div(p_available, p_rate),
+        WHEN p_rate = 0 THEN greatest(p_want, p_need)
+        ELSE least(greatest(p_want, p_need)::numeric, div(p_available, p_rate),
                    greatest(p_need::numeric, 16, div(p_available, p_rate * p_shares * p_live)))::bigint
     END;
 $$;
@@ -49,7 +50,8 @@ $$;
 --   p_attributes  namespace, project, user, session, model, tier, ... as the caller's credentials and routing say
 --   p_need        output tokens without which it is not worth to begin; p_want: the wish
 --   p_shares      the grant is at most 1/(p_shares x live) of what a window has left
--- Answers {"verdict": "granted" | "refused" | "void", ...}. Asking again with the same id gives the first answer.
+-- Answers {"verdict": "granted" | "refused" | "void", ...}. Asking again with the same id gives the first answer while
+-- the hold is open, and "void" when it has ended.
 CREATE FUNCTION ledger.admit_v1(
     p_tenant text, p_request uuid, p_holder uuid, p_attributes jsonb, p_price_key text,
     p_input_tokens bigint, p_input_amount numeric, p_output_rate numeric,
@@ -66,7 +68,7 @@ DECLARE
     v_window ledger.budget_window;
     v_subject jsonb;
     v_id bigint;
-    v_grant bigint := p_want;
+    v_grant bigint := greatest(p_want, p_need);
     v_possible bigint;
     v_refusal jsonb;
     v_bound_by jsonb;                           -- the window that granted less than the wish
@@ -76,7 +78,7 @@ BEGIN
     SELECT * INTO v_hold FROM ledger.hold h
     WHERE h.tenant_id = p_tenant AND h.month = v_month AND h.request_id = p_request FOR UPDATE;
     IF FOUND THEN
-        RETURN coalesce(v_hold.answer, '{"verdict": "void"}');
+        RETURN CASE WHEN v_hold.state = 'open' THEN v_hold.answer ELSE '{"verdict": "void"}' END;
     END IF;
 
     SELECT p.suspended INTO v_suspended FROM ledger.project p
@@ -147,7 +149,7 @@ BEGIN
         -- The same id came twice at once, or its void overtook it: what is there counts, and nothing has moved here.
         SELECT * INTO STRICT v_hold FROM ledger.hold h
         WHERE h.tenant_id = p_tenant AND h.month = v_month AND h.request_id = p_request;
-        RETURN coalesce(v_hold.answer, '{"verdict": "void"}');
+        RETURN CASE WHEN v_hold.state = 'open' THEN v_hold.answer ELSE '{"verdict": "void"}' END;
     END IF;
     INSERT INTO ledger.hold_line (tenant_id, month, request_id, window_id, held)
     SELECT p_tenant, v_month, p_request, w.window_id,
@@ -177,7 +179,7 @@ DECLARE
     v_budget ledger.budget;
     v_window ledger.budget_window;
     v_rate numeric;
-    v_grant bigint := p_want;
+    v_grant bigint := greatest(p_want, p_need);
     v_possible bigint;
     v_refusal jsonb;
     v_answer jsonb;
@@ -187,7 +189,13 @@ BEGIN
     IF NOT FOUND OR v_hold.state <> 'open' THEN
         RETURN '{"verdict": "void"}';
     ELSIF p_seq <= v_hold.last_seq THEN
-        RETURN v_hold.answer;
+        RETURN coalesce(v_hold.extension, v_hold.answer);
+    END IF;
+
+    IF EXISTS (SELECT FROM ledger.project p
+               WHERE p.tenant_id = p_tenant AND p.project_id = v_hold.attributes ->> 'project' AND p.suspended) THEN
+        v_refusal := jsonb_build_object('verdict', 'refused', 'reason', 'suspended', 'what', 'project',
+                                        'name', v_hold.attributes ->> 'project');
     END IF;
 
     FOR v_window IN
@@ -195,12 +203,13 @@ BEGIN
         WHERE l.tenant_id = p_tenant AND l.month = p_month AND l.request_id = p_request
         ORDER BY w.window_id
     LOOP
+        EXIT WHEN v_refusal ->> 'reason' = 'suspended';
         SELECT * INTO STRICT v_budget FROM ledger.budget b
         WHERE b.tenant_id = p_tenant AND b.budget_id = v_window.budget_id;
         IF v_budget.suspended THEN
             v_refusal := jsonb_build_object('verdict', 'refused', 'reason', 'suspended', 'what', 'budget',
                                             'name', v_budget.budget_id);
-            EXIT;
+            CONTINUE;
         END IF;
         v_rate := ledger.output_rate_v1(v_window.unit, v_window.token_kind, v_hold.output_rate_pico);
         -- A window that output does not move (requests, input tokens) has nothing to say here.
@@ -234,7 +243,7 @@ BEGIN
         v_grant := 0;
         v_answer := v_refusal;
     END IF;
-    UPDATE ledger.hold h SET last_seq = p_seq, answer = v_answer,
+    UPDATE ledger.hold h SET last_seq = p_seq, extension = v_answer,
                              granted_output_tokens = h.granted_output_tokens + v_grant
     WHERE h.tenant_id = p_tenant AND h.month = p_month AND h.request_id = p_request;
     RETURN v_answer;

@@ -1,6 +1,7 @@
 -- Reading the books.
 
--- The budgets that bind these attributes, with the balances of the current window (or of the one that would be opened).
+-- The budgets that can bind a request with these attributes, with the balances of the current window (or of the one that
+-- would be opened). Only an attribute that is given and does not fit leaves a budget out.
 CREATE FUNCTION ledger.budgets_of_v1(p_tenant text, p_attributes jsonb)
 RETURNS TABLE (budget_id text, unit text, limit_amount numeric, spent numeric, held numeric, remaining numeric,
                period text, enforcement text, suspended boolean, resets_at timestamptz)

@@ -1,0 +1,139 @@
+"""The command line of the bench."""
+
+import argparse
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import uvloop
+from bench import chunk
+from bench.answers import BrokenAnswer
+from bench.peers import Peer, PeerError, behest, envoy, envoy_version, simulator
+
+_DESCRIPTION = """\
+Measure Behest against its peers, in the same run and on this machine.
+
+figures:
+  chunk   CPU per forwarded chunk and per request. Behest (authentication, metering, budgets and ledger on)
+          against Envoy (a plain pass-through with one worker), over HTTP/2 and HTTP/1.1, with 20 and 200 streams.
+          Before the two stands the same load, behind them the same simulator (HTTP/1.1). They take turns.
+"""
+_EPILOG = """\
+examples:
+  make bench                                       everything, under 4 minutes
+  make bench ARGS="--quick"                        a first look, under 60 seconds: one turn, HTTP/2 and 20 streams
+  make bench ARGS="chunk --case chunk-h2-200"      one case
+  make bench ARGS="chunk --thorough"               1,000-chunk answers and three turns, 15 minutes
+
+A figure is the ratio, not the microseconds: those are this machine's. Look at `others` in the table: when other
+processes take more than a tenth of the machine, run it again.
+"""
+_OTHERS_MOST = 0.10
+_CORE_MOST = 0.85
+
+
+def main() -> int:
+    """Run what was asked for. Exit status 1: it could not be measured."""
+    arguments = _parser().parse_args()
+    if not sys.platform.startswith("linux"):
+        print("bench: needs Linux: it reads /proc and the CPU clocks of processes", file=sys.stderr)
+        return 1
+    started_s = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"[{time.monotonic() - started_s:5.0f} s] {text}", flush=True)
+
+    try:
+        with tempfile.TemporaryDirectory(prefix="behest-bench-", ignore_cleanup_errors=True) as folder:
+            return _chunk(arguments, Path(folder), say)
+    except (PeerError, BrokenAnswer) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bench/run.py",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("figure", nargs="?", default="chunk", choices=["chunk"], help="what to measure (default: all)")
+    effort = parser.add_mutually_exclusive_group()
+    effort.add_argument("--quick", action="store_true", help="under 60 seconds, less exact")
+    effort.add_argument("--thorough", action="store_true", help="longer answers, more turns")
+    parser.add_argument(
+        "--case", action="append", choices=[case.name for case in chunk.CASES], help="only this case (repeatable)"
+    )
+    return parser
+
+
+def _chunk(arguments: argparse.Namespace, folder: Path, say: Callable[[str], None]) -> int:
+    effort = chunk.QUICK if arguments.quick else chunk.THOROUGH if arguments.thorough else chunk.DEFAULT
+    cases = chunk.CASES
+    if arguments.case:
+        cases = [case for case in cases if case.name in arguments.case]
+    elif arguments.quick:
+        cases = cases[:3]
+    print(_machine())
+    with simulator(folder) as (upstream_url, simulator_pid):
+        say("starting behest (PostgreSQL, ledger, sidecar)")
+        with behest(folder, upstream_url, tokens=chunk.TOKENS) as ours:
+            say(f"starting envoy {envoy_version()}")
+            with envoy(folder, upstream_url, tokens=chunk.TOKENS) as theirs:
+                results = uvloop.run(_cases(cases, effort, [ours, theirs], simulator_pid, say))
+    print()
+    print(chunk.table(results))
+    print()
+    for warning in _warnings(results):
+        print(f"warning: {warning}")
+    for line in chunk.lines(results):
+        print(line)
+    return 0
+
+
+async def _cases(
+    cases: list[chunk.Case],
+    effort: chunk.Effort,
+    peers: list[Peer],
+    simulator_pid: int,
+    say: Callable[[str], None],
+) -> dict[str, dict[str, chunk.Result]]:
+    bench = chunk.Bench(peers, simulator_pid=simulator_pid, say=say)
+    await bench.rest()
+    return {case.name: await bench.run(case, effort) for case in cases}
+
+
+def _warnings(results: dict[str, dict[str, chunk.Result]]) -> list[str]:
+    found: list[str] = []
+    for name, by_peer in results.items():
+        for peer, result in by_peer.items():
+            for who, share in result.shares.items():
+                if who == "others" and share > _OTHERS_MOST:
+                    found.append(f"{name}, {peer}: other processes took {share:.0%} of the machine: not a quiet run")
+                elif who != "others" and share > _CORE_MOST:
+                    found.append(f"{name}, {peer}: {who} took {share:.0%} of a core: it is a bottleneck")
+    return found
+
+
+def _machine() -> str:
+    model = next(
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+            if line.startswith("model name")
+        ),
+        platform.machine(),
+    )
+    parts = [f"{name} {version(name)}" for name in ("uvloop", "msgspec", "h2")]
+    return (
+        f"{os.cpu_count()} x {model}, Linux {platform.release()}, Python {platform.python_version()}, "
+        f"{', '.join(parts)}, load {os.getloadavg()[0]:.1f}"
+    )

