@@ -10,11 +10,11 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import pytest
+
 from behest_ledger.store.migrate import migrate
 from behest_ledger.store.pool import connect
 from behest_proxy.cli.folder import DataFolder
 from behest_proxy.cli.postgres import launch
-
 from stack import Stack, running_stack
 
 _TEMPLATE = "behest_template"

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+
 from behest_ledger.api_key_hash import new_api_key
 from behest_ledger.prices.snapshot import compile_package_book
 from behest_ledger.store.configuration import apply_text
@@ -44,7 +45,7 @@ def wait_until(is_so: Callable[[], Any], *, timeout_s: float = 10.0, what: str =
 
 
 @contextmanager
-def process(arguments: list[str], *, environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def process(arguments: list[str], *, environment: dict[str, str], log: Path) -> Generator[subprocess.Popen[bytes]]:
     """A child process that is gone when the block ends, whatever happens in it."""
     with log.open("ab") as output:
         child = subprocess.Popen(
@@ -232,7 +233,7 @@ spec:
 
 
 @contextmanager
-def running_stack(dsn: str, folder: Path, *, recordings: Path | None = None, **settings: str) -> Iterator[Stack]:
+def running_stack(dsn: str, folder: Path, *, recordings: Path | None = None, **settings: str) -> Generator[Stack]:
     """Start simulator and sidecar on a migrated, empty ledger; stop them at the end."""
 
     async def prepare() -> None:

@@ -78,6 +78,7 @@ def charge(outcome: Outcome, evidence: Evidence) -> Charge:
             evidence.provider,
             output=evidence.provider.output + since.output,
             reasoning=evidence.provider.reasoning + since.reasoning,
+            audio_output=evidence.provider.audio_output + since.audio_output,
         )
         return Charge(counts=counts, source="local" if since.output_tokens else "provider", sent=True)
     if not evidence.first_byte:

@@ -15,7 +15,7 @@ the provider is paused, and only a definite refusal ends the stream.
 """
 
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 import msgspec
@@ -299,7 +299,7 @@ class Exchange:
         """Decode, count, pay, edit and hand over, in their order, as far as the credit reaches."""
         forward: list[bytes] = []
         over: _Ending | None = None
-        seen = self._seen
+        seen = self._seen if self.phase is Phase.STREAMING else frozenset[int]()
         count = self._terms.count
         pay = self._meter.pay
         for index, payload in enumerate(payloads):
@@ -567,7 +567,7 @@ class Exchange:
         return usd_from_pico(self._terms.amount_pico(counts))
 
 
-def _ordinary_text(chunk: Chunk, seen: set[int]) -> str | None:
+def _ordinary_text(chunk: Chunk, seen: Set[int]) -> str | None:
     """The text of a chunk that adds content to a known choice and says nothing else; None for any other."""
     if chunk.usage is None and chunk.error is None and chunk.x_groq is None:
         choices = chunk.choices

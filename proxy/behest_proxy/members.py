@@ -58,7 +58,7 @@ def _refuse_repeated_keys(body: bytes, members: dict[str, msgspec.Raw], where: s
         end = string.end()
         key = _KEY_DECODER.decode(body[at:end])
         at = _skip_space(body, _skip_space(body, end) + 1)
-        value = memoryview(members[key])
+        value = bytes(members[key])
         after = at + len(value)
         behind = _skip_space(body, after)
         if key in seen or body[at:after] != value or body[behind : behind + 1] not in (b",", b"}"):

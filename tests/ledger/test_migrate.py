@@ -1,6 +1,7 @@
 import asyncio
 
 import pytest
+
 from behest_ledger.store.errors import SchemaError
 from behest_ledger.store.migrate import check_schema, migrate, migrations
 from behest_ledger.store.pool import connect
@@ -14,7 +15,7 @@ def test_a_migration_that_was_changed_after_it_was_applied_is_refused(database: 
     async def scenario() -> None:
         connection = await connect(database)
         await connection.execute("UPDATE ledger.schema_migration SET sha256 = 'other' WHERE name LIKE '0002%'")
-        with pytest.raises(SchemaError, match="0002_books.sql was changed"):
+        with pytest.raises(SchemaError, match=r"0002_books\.sql was changed"):
             await migrate(database)
         with pytest.raises(SchemaError, match="behest ledger migrate"):
             await check_schema(connection)

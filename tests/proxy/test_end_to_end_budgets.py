@@ -18,7 +18,8 @@ OUTPUT_PICO = 600_000
 
 def _window(project: Project) -> tuple[int, int, int, int]:
     (row,) = project.stack.query(
-        "SELECT limit_amount::text, spent::text, held::text, overrun::text FROM ledger.budget_window WHERE tenant_id = $1",
+        "SELECT limit_amount::text, spent::text, held::text, overrun::text"
+        " FROM ledger.budget_window WHERE tenant_id = $1",
         project.namespace,
     )
     return int(row["limit_amount"]), int(row["spent"]), int(row["held"]), int(row["overrun"])

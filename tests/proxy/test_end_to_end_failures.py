@@ -9,8 +9,8 @@ from typing import Any
 import httpx
 import jwt
 import pytest
-from behest_proxy.identity.keys import SigningKey
 
+from behest_proxy.identity.keys import SigningKey
 from stack import Project, Stack
 
 QUESTION: list[Any] = [{"role": "user", "content": "Tell me a story."}]
@@ -130,13 +130,14 @@ def test_forged_and_expired_tokens_are_refused(project: Project) -> None:
     }
     ours = project.stack.signing_key
     stranger = SigningKey.generate()
+    no_key: Any = None
     tokens = {
         "expired": ours.sign({**claims, "exp": now_s - 600, "iat": now_s - 1200}),
         "another key under our kid": jwt.encode(
             claims, stranger.private_pem(), algorithm="RS256", headers={"kid": ours.kid}
         ),
         "unknown kid": stranger.sign(claims),
-        "alg none": jwt.encode(claims, None, algorithm="none", headers={"kid": ours.kid}),
+        "alg none": jwt.encode(claims, no_key, algorithm="none", headers={"kid": ours.kid}),
         "wrong issuer": ours.sign({**claims, "iss": "https://evil.example"}),
         "wrong audience": ours.sign({**claims, "aud": "other"}),
         "nothing like a token": "abc",

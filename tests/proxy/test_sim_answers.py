@@ -13,7 +13,7 @@ from behest_proxy.sim.answers import AnswerContext, Body, Finish, Head, Step, ch
 from behest_proxy.sim.behaviour import Behaviour, parse_behaviour
 from behest_proxy.sim.chat_request import Message, count_prompt_tokens, parse_chat_request
 from behest_proxy.sim.refusal import Refusal
-from behest_proxy.sim.text import made_up, pieces_of, tokenizer, without_beginning
+from behest_proxy.sim.text import made_up, pieces_of, token_count, without_beginning
 
 MESSAGES = [{"role": "user", "content": "Hello there"}]
 NO_BODY = parse_chat_request(json.dumps({"model": "m", "messages": MESSAGES}).encode())[0].sim
@@ -84,15 +84,15 @@ def test_parts_that_are_not_text_count_nothing() -> None:
 @given(seed=st.integers(0, 2**63 - 1), stream=st.integers(0, 200), tokens=st.integers(0, 300))
 def test_made_up_text_counts_as_many_tokens_as_it_has_pieces(seed: int, stream: int, tokens: int) -> None:
     pieces = list(islice(made_up(seed, stream), tokens))
-    assert tokenizer().count("".join(piece.text for piece in pieces)) == tokens
-    assert all(tokenizer().count(piece.text) == piece.tokens == 1 for piece in pieces)
+    assert token_count("".join(piece.text for piece in pieces)) == tokens
+    assert all(token_count(piece.text) == piece.tokens == 1 for piece in pieces)
 
 
 @given(st.text(max_size=200))
 def test_the_pieces_of_any_text_are_the_text(text: str) -> None:
     pieces = list(pieces_of(text))
     assert "".join(piece.text for piece in pieces) == text
-    assert sum(piece.tokens for piece in pieces) == tokenizer().count(text)
+    assert sum(piece.tokens for piece in pieces) == token_count(text)
 
 
 @given(st.text(max_size=60), st.integers(0, 60))
@@ -130,7 +130,7 @@ def test_any_form_gives_the_same_text(
     formed = plan(form, n=choices)
     for index in range(choices):
         assert choice_text(formed, index) == choice_text(plain, index)
-        assert tokenizer().count(choice_text(formed, index)) == 50
+        assert token_count(choice_text(formed, index)) == 50
     assert chunks_of(formed)[-1]["usage"]["completion_tokens"] == 50 * choices
     assert sum(step.tokens for step in formed if isinstance(step, Body)) == 50 * choices
 
@@ -144,7 +144,7 @@ def choice_text(steps: list[Step], index: int) -> str:
 def test_an_exact_text_is_sent_exactly(text: str, size: int) -> None:
     steps = plan({"text": text, "tokens_per_chunk": size, "usage": "always"})
     assert text_of(steps) == text
-    assert chunks_of(steps)[-1]["usage"]["completion_tokens"] == tokenizer().count(text)
+    assert chunks_of(steps)[-1]["usage"]["completion_tokens"] == token_count(text)
 
 
 @given(
@@ -166,7 +166,7 @@ def test_tool_calls_count_their_names_and_arguments(calls: int, tokens: int, siz
                     names[call["index"]] = call["function"]["name"]
                 arguments[call["index"]] = arguments.get(call["index"], "") + call["function"]["arguments"]
     reported = chunks_of(steps)[-1]["usage"]["completion_tokens"]
-    counted = sum(map(tokenizer().count, [*names.values(), *arguments.values()]))
+    counted = sum(map(token_count, [*names.values(), *arguments.values()]))
     if finish_of(steps) == ["tool_calls"]:
         assert all(json.loads(text)["simulated"] for text in arguments.values())
         assert len(names) == calls

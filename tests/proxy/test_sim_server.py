@@ -13,7 +13,7 @@ from openai import APIError, AsyncOpenAI, OpenAI, RateLimitError
 from behest_proxy.sim.answers import recorded_events
 from behest_proxy.sim.records import RequestRecord
 from behest_proxy.sim.server import SimServer
-from behest_proxy.sim.text import tokenizer
+from behest_proxy.sim.text import token_count
 
 Test = Callable[[SimServer, httpx.AsyncClient], Awaitable[None]]
 PROTOCOLS = ["HTTP/1.1", "HTTP/2"]
@@ -108,7 +108,7 @@ def test_the_unmodified_openai_client_streams_and_does_not() -> None:
                 for choice in chunk.choices:
                     texts[choice.index] += choice.delta.content or ""
             assert usage is not None
-            assert usage.completion_tokens == sum(map(tokenizer().count, texts)) == 66
+            assert usage.completion_tokens == sum(map(token_count, texts)) == 66
             whole = await client.chat.completions.create(
                 model="gpt-4o", messages=MESSAGES, n=2, extra_body={"sim": {"output_tokens": 33}}
             )
@@ -195,7 +195,7 @@ def test_cached_and_reasoning_tokens_are_reported() -> None:
             assert usage["completion_tokens_details"]["reasoning_tokens"] == 20
             assert usage["prompt_tokens_details"]["cached_tokens"] == 6
         assert said(hidden, "reasoning_content") == ""
-        assert tokenizer().count(said(shown, "reasoning_content")) == 20
+        assert token_count(said(shown, "reasoning_content")) == 20
         assert said(hidden) == said(shown)
         whole = (await ask(client, {**shape, "reasoning_visible": True}, stream=False)).json()
         assert whole["choices"][0]["message"]["reasoning_content"] == said(shown, "reasoning_content")
@@ -257,7 +257,7 @@ def test_a_reset_breaks_the_answer_off(protocol: str, stream: bool) -> None:
             ) as answer:
                 async for piece in answer.aiter_text():
                     body += piece
-        assert tokenizer().count(said(body)) == (3 if stream else 0)
+        assert token_count(said(body)) == (3 if stream else 0)
         assert protocol == "HTTP/1.1" or "error_code:2" in str(broken.value)
         record = await ended(sim)
         assert record.outcome == "reset"
@@ -272,7 +272,7 @@ def test_a_reset_breaks_the_answer_off(protocol: str, stream: bool) -> None:
 def test_an_answer_may_end_early_or_with_an_error_event() -> None:
     async def test(sim: SimServer, client: httpx.AsyncClient) -> None:
         early = (await ask(client, {"end_after_chunks": 2})).text
-        assert tokenizer().count(said(early)) == 2
+        assert token_count(said(early)) == 2
         assert "[DONE]" not in early
         assert (await ended(sim)).outcome == "ended_early"
         with pytest.raises(json.JSONDecodeError):
@@ -407,7 +407,7 @@ def test_many_streams_at_once_are_whole(protocol: str) -> None:
     async def test(sim: SimServer, client: httpx.AsyncClient) -> None:
         shape = {"output_tokens": 30, "chunk_interval_ms": 1}
         answers = await asyncio.gather(*(ask(client, {**shape, "seed": number}) for number in range(60)))
-        assert [tokenizer().count(said(answer.text)) for answer in answers] == [30] * 60
+        assert [token_count(said(answer.text)) for answer in answers] == [30] * 60
         assert len(sim.requests) == 60
 
     serve(test, protocol=protocol)

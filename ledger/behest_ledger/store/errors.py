@@ -1,7 +1,7 @@
 """asyncpg's and the network's faults, mapped once: callers see only these."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import asyncpg
@@ -46,7 +46,7 @@ _NOW_UNAVAILABLE = (
 
 
 @contextmanager
-def mapped() -> Iterator[None]:
+def mapped() -> Generator[None, None, None]:
     """Turn what asyncpg raises inside into the errors of this module."""
     try:
         yield

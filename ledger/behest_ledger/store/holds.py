@@ -111,4 +111,6 @@ def answer_from_json(text: str) -> Answer:
     if verdict == "void":
         return Gone()
     # strict=False: balances come as decimal strings, for they can be larger than a JSON reader's integers.
-    return msgspec.json.decode(text, type=Granted if verdict == "granted" else Refused, strict=False)
+    if verdict == "granted":
+        return msgspec.json.decode(text, type=Granted, strict=False)
+    return msgspec.json.decode(text, type=Refused, strict=False)

@@ -11,7 +11,7 @@ Connection = Any
 
 POOL_SIZE = 2
 """Connections per sidecar. The documented ceiling of a cluster is sidecars x 2."""
-CONNECT_TIMEOUT_S = 5.0
+CONNECT_TIMEOUT_S = 5
 COMMAND_TIMEOUT_S = 5.0
 """A statement that takes longer is given up: its result is unknown, and money fails closed."""
 

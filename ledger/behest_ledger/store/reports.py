@@ -38,8 +38,8 @@ async def top(connection: Connection, *, since: datetime, limit: int = 20) -> li
                        sum(output_tokens) AS output_tokens, sum(amount_pico) AS amount_pico, max(ended_at) AS last_at
                 FROM ledger.request WHERE ended_at >= $1 GROUP BY 1, 2, 3, 4
             ), live AS (
-                SELECT attributes ->> 'project' AS project_id, attributes ->> 'user' AS user_id,
-                       attributes ->> 'session' AS session_id, attributes ->> 'model' AS model,
+                SELECT coalesce(attributes ->> 'project', '') AS project_id, coalesce(attributes ->> 'user', '') AS user_id,
+                       coalesce(attributes ->> 'session', '') AS session_id, coalesce(attributes ->> 'model', '') AS model,
                        count(*) AS live, max(admitted_at) AS last_at
                 FROM ledger.hold WHERE state = 'open' GROUP BY 1, 2, 3, 4
             )
@@ -53,7 +53,7 @@ async def top(connection: Connection, *, since: datetime, limit: int = 20) -> li
             since,
             limit,
         )
-    return [TopRow(**{**dict(row), "amount_pico": int(row["amount_pico"])}) for row in rows]
+    return [msgspec.convert(dict(row), TopRow, strict=False) for row in rows]
 
 
 class UsageTotal(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,7 +90,7 @@ async def usage_by_model_and_session(
             end,
             user_id,
         )
-    return [UsageTotal(**{**dict(row), "amount_pico": int(row["amount_pico"])}) for row in rows]
+    return [msgspec.convert(dict(row), UsageTotal, strict=False) for row in rows]
 
 
 class BudgetState(msgspec.Struct, frozen=True, kw_only=True):

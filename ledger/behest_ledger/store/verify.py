@@ -59,7 +59,42 @@ CHECKS: dict[str, str] = {
     "no hard window is above its ceiling": """
         SELECT format('window %s of %s', window_id, tenant_id), ceiling, spent + held + suspense
         FROM ledger.budget_window
-        WHERE ceiling IS NOT NULL AND (spent + held + suspense > ceiling OR ceiling < limit_amount)""",
+        WHERE ceiling IS NOT NULL AND spent + held + suspense > ceiling""",
+    "a ceiling is the limit, or the balance found above a lowered one": """
+        SELECT format('window %s of %s', window_id, tenant_id), greatest(limit_amount, spent + held + suspense), ceiling
+        FROM ledger.budget_window
+        WHERE ceiling IS NOT NULL AND ceiling <> greatest(limit_amount, spent + held + suspense)""",
+    "a live window is as its budget says": """
+        SELECT format('window %s of %s', w.window_id, w.tenant_id),
+               b.unit || ' ' || b.limit_amount || ' ' || b.enforcement,
+               w.unit || ' ' || w.limit_amount || CASE WHEN w.ceiling IS NULL THEN ' soft' ELSE ' hard' END
+        FROM ledger.budget_window w JOIN ledger.budget b USING (tenant_id, budget_id)
+        WHERE (w.ends_at IS NULL OR w.ends_at > now()) AND (w.unit <> b.unit OR w.limit_amount <> b.limit_amount
+            OR (w.ceiling IS NULL) <> (b.enforcement = 'soft') OR (w.ends_at IS NULL) <> (b.period = 'lifetime'))""",
+    "a subject's current window is its own and its last": """
+        SELECT format('budget %s of %s, subject %s', s.budget_id, s.tenant_id, s.subject), last.window_id::text, s.window_id::text
+        FROM ledger.budget_subject s LEFT JOIN (
+            SELECT DISTINCT ON (tenant_id, budget_id, subject) tenant_id, budget_id, subject, window_id
+            FROM ledger.budget_window ORDER BY tenant_id, budget_id, subject, starts_at DESC) AS last
+          USING (tenant_id, budget_id, subject)
+        WHERE s.window_id IS DISTINCT FROM last.window_id
+        UNION ALL
+        SELECT format('window %s of %s', w.window_id, w.tenant_id), 'a budget and a subject', 'none'
+        FROM ledger.budget_window w
+        LEFT JOIN ledger.budget b USING (tenant_id, budget_id)
+        LEFT JOIN ledger.budget_subject s USING (tenant_id, budget_id, subject)
+        WHERE b.budget_id IS NULL OR s.budget_id IS NULL""",
+    "every posting moves between accounts that belong together": """
+        SELECT format('posting of %s, window %s, seq %s', source_id, window_id, seq), 'a known movement',
+               debit || ' to ' || credit
+        FROM ledger.posting
+        WHERE NOT CASE
+            WHEN debit = 'available' AND credit = 'held' THEN seq BETWEEN 0 AND 999999
+            WHEN debit = 'funding' AND credit = 'available' OR debit = 'available' AND credit = 'funding' THEN seq = 0
+            WHEN debit = 'held' AND credit = 'suspense' THEN seq <> 1000000
+            ELSE seq = 1000000 AND (debit, credit) IN (('held', 'spent'), ('held', 'available'), ('available', 'spent'),
+                ('funding', 'overrun'), ('suspense', 'spent'), ('suspense', 'available'))
+        END""",
     "what was held for a request was posted for it": """
         SELECT format('request %s, window %s', l.request_id, l.window_id), coalesce(p.held, 0), l.held
         FROM ledger.hold_line l JOIN ledger.hold o USING (tenant_id, month, request_id) LEFT JOIN (
@@ -68,6 +103,23 @@ CHECKS: dict[str, str] = {
           ON p.tenant_id = l.tenant_id AND p.month = l.month AND p.source_id = l.request_id
          AND p.window_id = l.window_id
         WHERE coalesce(p.held, 0) <> l.held""",
+    "credit was granted as it was posted": """
+        SELECT format('request %s, window %s', o.request_id, l.window_id),
+               f.admitted || ' and ' || f.extended || ', extension ' || o.last_seq,
+               p.admitted || ' and ' || p.extended || ', extension ' || p.last_seq
+        FROM ledger.hold o
+        JOIN ledger.hold_line l USING (tenant_id, month, request_id)
+        JOIN ledger.budget_window w USING (tenant_id, window_id)
+        CROSS JOIN LATERAL (SELECT CASE WHEN w.unit = 'usd' THEN o.output_rate_pico
+            WHEN w.unit = 'tokens' AND w.token_kind <> 'input' THEN 1 ELSE 0 END AS rate) AS r
+        CROSS JOIN LATERAL (SELECT (o.answer ->> 'output_tokens')::numeric * r.rate AS admitted,
+            (o.granted_output_tokens - (o.answer ->> 'output_tokens')::numeric) * r.rate AS extended) AS f
+        CROSS JOIN LATERAL (SELECT coalesce(sum(x.amount) FILTER (WHERE x.seq = 0), 0) AS admitted,
+            coalesce(sum(x.amount) FILTER (WHERE x.seq > 0), 0) AS extended, coalesce(max(x.seq), 0) AS last_seq
+            FROM ledger.posting x
+            WHERE x.tenant_id = o.tenant_id AND x.month = o.month AND x.source_id = o.request_id
+              AND x.window_id = l.window_id AND x.credit = 'held') AS p
+        WHERE p.admitted < f.admitted OR p.extended <> f.extended OR p.last_seq > o.last_seq""",
     "an ended request holds nothing": """
         SELECT format('request %s, window %s', l.request_id, l.window_id), l.held, coalesce(p.released, 0)
         FROM ledger.hold_line l JOIN ledger.hold o USING (tenant_id, month, request_id) LEFT JOIN (
@@ -83,11 +135,38 @@ CHECKS: dict[str, str] = {
             GROUP BY 1, 2, 3) AS u USING (tenant_id, month, request_id)
         WHERE coalesce(u.amount, 0) <> r.amount_pico""",
     "a request's tokens are the sum of its lines": """
-        SELECT format('request %s', r.request_id), coalesce(u.tokens, 0), r.input_tokens + r.output_tokens
+        SELECT format('request %s', r.request_id),
+               coalesce(u.input_tokens, 0) || ' in, ' || coalesce(u.output_tokens, 0) || ' out',
+               r.input_tokens || ' in, ' || r.output_tokens || ' out'
         FROM ledger.request r LEFT JOIN (
-            SELECT tenant_id, month, request_id, sum(quantity) AS tokens FROM ledger.usage_line
-            WHERE class <> 'request' GROUP BY 1, 2, 3) AS u USING (tenant_id, month, request_id)
-        WHERE coalesce(u.tokens, 0) <> r.input_tokens + r.output_tokens""",
+            SELECT tenant_id, month, request_id,
+                   sum(quantity) FILTER (WHERE class IN ('input', 'cache_read', 'cache_write', 'audio_input'))
+                       AS input_tokens,
+                   sum(quantity) FILTER (WHERE class IN ('output', 'reasoning', 'audio_output')) AS output_tokens
+            FROM ledger.usage_line GROUP BY 1, 2, 3) AS u USING (tenant_id, month, request_id)
+        WHERE coalesce(u.input_tokens, 0) <> r.input_tokens OR coalesce(u.output_tokens, 0) <> r.output_tokens""",
+    "a line's amount is its quantity at its rate": """
+        SELECT format('request %s, entry %s, class %s', request_id, entry, class), quantity * rate_pico, amount_pico
+        FROM ledger.usage_line
+        WHERE amount_pico <> quantity * rate_pico OR class NOT IN ('input', 'cache_read', 'cache_write', 'audio_input',
+              'output', 'reasoning', 'audio_output', 'request')""",
+    "a request is attributed and priced as it was admitted": """
+        SELECT format('request %s', request_id), h.told, r.told
+        FROM (SELECT tenant_id, month, request_id, concat_ws(' | ', price_key, admitted_at,
+                  coalesce(attributes ->> 'project', ''), coalesce(attributes ->> 'namespace', ''),
+                  coalesce(attributes ->> 'user', ''), coalesce(attributes ->> 'session', ''),
+                  coalesce(attributes ->> 'model', '')) AS told FROM ledger.hold) AS h
+        JOIN (SELECT tenant_id, month, request_id, concat_ws(' | ', price_key, admitted_at,
+                  project_id, namespace, user_id, session_id, model) AS told FROM ledger.request) AS r
+          USING (tenant_id, month, request_id)
+        WHERE h.told <> r.told""",
+    "a request that was not sent was charged nothing": """
+        SELECT format('request %s', r.request_id), 'nothing',
+               o.state || ', ' || r.amount_pico || ' pico-USD, ' || r.input_tokens + r.output_tokens || ' tokens, '
+                   || (r.facts ->> 'requests') || ' requests'
+        FROM ledger.request r JOIN ledger.hold o USING (tenant_id, month, request_id)
+        WHERE (o.state = 'void' AND (r.amount_pico, r.input_tokens, r.output_tokens) <> (0, 0, 0))
+           OR (o.state = 'void') <> ((r.facts ->> 'requests')::numeric = 0)""",
     "every window was charged what the request cost, once": """
         SELECT format('request %s, window %s', l.request_id, l.window_id), c.due, coalesce(p.charged, 0)
         FROM ledger.hold_line l
@@ -117,6 +196,11 @@ CHECKS: dict[str, str] = {
         LEFT JOIN ledger.hold o USING (tenant_id, month, request_id)
         LEFT JOIN ledger.budget_window w USING (tenant_id, window_id)
         WHERE o.request_id IS NULL OR w.window_id IS NULL
+        UNION ALL
+        SELECT format('posting of %s, window %s, seq %s', p.source_id, p.window_id, p.seq), 'a hold line', 'none'
+        FROM ledger.posting p LEFT JOIN ledger.hold_line l
+          ON l.tenant_id = p.tenant_id AND l.month = p.month AND l.request_id = p.source_id AND l.window_id = p.window_id
+        WHERE l.request_id IS NULL AND (p.debit, p.credit) NOT IN (('funding', 'available'), ('available', 'funding'))
         UNION ALL
         SELECT format('usage line of request %s', u.request_id), 'a request', 'none'
         FROM ledger.usage_line u LEFT JOIN ledger.request r USING (tenant_id, month, request_id)

@@ -143,7 +143,7 @@ class Conduct:
         if self._first_byte_s is None:
             self._first_byte_s = now_s
         for action in self._exchange.upstream_data(data, now_s):
-            if action.__class__ is Write:
+            if isinstance(action, Write):
                 self._write(action.data, now_s)
             else:
                 self._perform([action])

@@ -245,6 +245,7 @@ class Up:
             while time.monotonic() < deadline:
                 with contextlib.suppress(OSError, ValueError):
                     url = f"http://127.0.0.1:{int(port_file.read_text(encoding='ascii'))}/v1"
+                    port_file.unlink()
                     step.label = f"provider simulator on {url}"
                     return url
                 await asyncio.sleep(0.02)

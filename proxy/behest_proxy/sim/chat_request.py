@@ -8,7 +8,7 @@ from msgspec import Meta
 
 from behest_proxy.sim.behaviour import Behaviour, parse_behaviour
 from behest_proxy.sim.refusal import Refusal
-from behest_proxy.sim.text import tokenizer
+from behest_proxy.sim.text import token_count
 
 TOKENS_PER_MESSAGE = 3
 TOKENS_PER_NAME = 1
@@ -113,7 +113,7 @@ def count_prompt_tokens(messages: list[Message]) -> int:
     Three for each message besides its role, content and name, one more for a name, three that prime the reply
     (OpenAI cookbook, "How to count tokens with tiktoken"). Tools and parts that are not text count nothing.
     """
-    count = tokenizer().count
+    count = token_count
     total = TOKENS_PER_REPLY
     for message in messages:
         total += TOKENS_PER_MESSAGE + count(message.role) + count(message.text)

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 from behest_proxy.sim.behaviour import MAX_OUTPUT_TOKENS, Behaviour
 from behest_proxy.sim.chat_request import ChatRequest
-from behest_proxy.sim.text import Piece, made_up, made_up_words, pieces_of, tokenizer, without_beginning
+from behest_proxy.sim.text import Piece, made_up, made_up_words, pieces_of, token_count, without_beginning
 
 _REASONING_STREAM = 1 << 32
 """Above the index of any choice, so that reasoning has words of its own; tool calls come above it."""
@@ -94,13 +94,13 @@ def _tool_call(
     request: ChatRequest, behaviour: Behaviour, allowance: _Allowance, *, seed: int, choice: int, call: int
 ) -> Iterator[Delta]:
     name = request.tool_name(call)
-    name_tokens = tokenizer().count(name)
+    name_tokens = token_count(name)
     if not allowance.allows(name_tokens):
         return
     yield Delta("tool", name, name_tokens, call)
     before, after = '{"simulated":"', '"}'
     share = behaviour.output_tokens // behaviour.tool_calls
-    words = max(1, share - name_tokens - tokenizer().count(before) - tokenizer().count(after))
+    words = max(1, share - name_tokens - token_count(before) - token_count(after))
     said = _first(words, made_up_words(seed, choice + (call + 2) * _REASONING_STREAM))
     arguments = before + "".join(piece.text for piece in said) + after
     for piece in _grouped(pieces_of(arguments), behaviour.tokens_per_chunk, allowance):

@@ -9,7 +9,7 @@ from behest_proxy.sim.http1 import Http1Connection
 from behest_proxy.sim.http2 import PREFACE, Http2Connection
 from behest_proxy.sim.records import RequestLog
 from behest_proxy.sim.routes import Routes
-from behest_proxy.sim.text import tokenizer
+from behest_proxy.sim.text import warm
 
 _BACKLOG = 1_024
 
@@ -49,7 +49,7 @@ class SimServer:
 
     async def start(self) -> int:
         """Listens and returns the port. Raises OSError where the address is taken."""
-        tokenizer()  # a third of a second that no first request should pay
+        warm()  # a third of a second that no first request should pay
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(
             lambda: _Connection(self._routes, self._connections, loop=loop),
