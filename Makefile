@@ -48,7 +48,7 @@ define install
 	@touch $(2)
 endef
 
-.PHONY: always help up down test check bench clean-venv
+.PHONY: always help up down install-dev test check bench clean-venv
 
 help: ## show this list
 	@echo "Behest: an OpenAI-compatible streaming gateway whose budgets hold, to the last token."
@@ -62,6 +62,8 @@ up: $(VENV)/.installed-up ## start everything on this machine (Ctrl-C stops it)
 
 down: ## stop what `make up` started; the data stay
 	@if [ -x $(BIN)/behest ]; then exec $(BIN)/behest down $(ARGS); else echo "Nothing was ever started here."; fi
+
+install-dev: $(VENV)/.installed-dev ## make .venv with everything that the tests and checks need
 
 test: $(VENV)/.installed-dev ## run every test that needs no cluster and no browser
 	@$(BIN)/python -Im pytest $(ARGS)

@@ -228,10 +228,10 @@ def with_finish_reason_null(payload: bytes) -> bytes:
     try:
         texts = msgspec.json.decode(members.get("choices", b"[]"), type=list[msgspec.Raw])
     except (msgspec.DecodeError, RecursionError):
-        given = loads(payload).get("choices")
+        given: Any = loads(payload).get("choices")
         if not isinstance(given, list):
             raise ChunkError("choices are no list") from None
-        texts = [msgspec.Raw(json.dumps(each).encode()) for each in cast("list[Any]", given)]
+        texts = [msgspec.Raw(json.dumps(each).encode()) for each in given]
     choices: list[Any] = [_raw_members(bytes(text)) if bytes(text)[:1] == b"{" else text for text in texts]
     for choice in choices:
         if isinstance(choice, dict) and bytes(choice.get("finish_reason", b"")) in _LENGTH_REASONS:

@@ -68,7 +68,7 @@ def python(code: str) -> list[str | Path]:
     return [sys.executable, "-c", code]
 
 
-def start(code: str, log: Path, stop: Stop | None = None, *, until: str | None = "up") -> Guarded:
+def start(code: str, log: Path, stop: Stop | None = None, *, until: str | None = "up\n") -> Guarded:
     child = Guarded.start("child", python(code), log=log, stop=stop)
     assert until is None or eventually(lambda: until in log.read_text())
     return child
@@ -120,7 +120,7 @@ def test_kill_9_of_the_owner_stops_the_child_politely(tmp_path: Path) -> None:
     owner = subprocess.Popen([sys.executable, "-c", _OWNER, str(log), _POLITE, "0"], stdout=subprocess.PIPE, text=True)
     assert owner.stdout is not None
     child = int(owner.stdout.readline())
-    assert eventually(lambda: "up" in log.read_text())
+    assert eventually(lambda: "up\n" in log.read_text())
     owner.kill()
     owner.wait()
     owner.stdout.close()
@@ -211,7 +211,7 @@ def test_a_child_that_others_still_need_lingers_when_its_owner_ends(tmp_path: Pa
     )
     assert owner.stdout is not None
     child = int(owner.stdout.readline())
-    assert eventually(lambda: "up" in (tmp_path / "log").read_text())
+    assert eventually(lambda: "up\n" in (tmp_path / "log").read_text())
     owner.kill()
     owner.wait()
     owner.stdout.close()
