@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -42,16 +43,19 @@ async def _execute(dsn: str, *statements: str) -> None:
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def postgres() -> Iterator[Server]:
     """The server: `BEHEST_TEST_DATABASE_URL` (PostgreSQL 15 or newer, a role that may make databases), or our own."""
     given = os.environ.get("BEHEST_TEST_DATABASE_URL")
     if given:
         yield Server(given)
         return
-    folder = DataFolder(tmp_path_factory.mktemp("postgres") / "data")
-    folder.create()
-    with launch(folder, environment={"PATH": os.environ.get("PATH", "")}) as server:
-        yield Server(server.dsn)
+    # Not pytest's own folder: that is closed to others, and root's PostgreSQL runs as somebody else.
+    with tempfile.TemporaryDirectory(prefix="behest-test-") as name:
+        Path(name).chmod(0o711)
+        folder = DataFolder(Path(name) / "data")
+        folder.create()
+        with launch(folder, environment={"PATH": os.environ.get("PATH", "")}) as server:
+            yield Server(server.dsn)
 
 
 @pytest.fixture(scope="session")

@@ -76,7 +76,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--port", type=_port, default=8080, help="port of the API (default: %(default)s)")
     parser.add_argument(
-        "--admin-port", type=_port, default=8081, help="port of health and metrics (default: %(default)s)"
+        "--admin-port", type=_port, default=8081, help="port of the health probes (default: %(default)s)"
     )
     parser.add_argument("--tls", action="store_true", help="serve https with a throw-away certificate")
     add_data_folder(parser)

@@ -1,0 +1,142 @@
+"""Which window a request falls into: only the database says so, by its own clock."""
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from behest_ledger.holds import Granted
+from behest_ledger.request_id import request_id
+from ledger.books import Books, granted, keep_books, refused, settlement, total
+
+Bounds = tuple[datetime, datetime | None]
+
+
+async def bounds(books: Books, period: str, alignment: str, zone: str, at: str) -> Bounds:
+    row = await books.connection.fetchrow(
+        "SELECT * FROM ledger.window_bounds_v1($1, $2, $3, $4::text::timestamptz)", period, alignment, zone, at
+    )
+    return row["starts_at"], row["ends_at"]
+
+
+def moment(text: str) -> datetime:
+    return datetime.fromisoformat(text).astimezone(UTC)
+
+
+# period, alignment, zone, at, starts, ends
+BOUNDS = [
+    ("minute", "calendar", "UTC", "2026-03-04T05:06:07.8Z", "2026-03-04T05:06:00Z", "2026-03-04T05:07:00Z"),
+    ("hour", "calendar", "UTC", "2026-03-04T05:06:07Z", "2026-03-04T05:00:00Z", "2026-03-04T06:00:00Z"),
+    # Half an hour beside UTC, the hour is that of the zone.
+    ("hour", "calendar", "Asia/Kolkata", "2026-03-04T05:06:07Z", "2026-03-04T04:30:00Z", "2026-03-04T05:30:00Z"),
+    ("day", "calendar", "Europe/Berlin", "2026-01-10T22:59:59Z", "2026-01-09T23:00:00Z", "2026-01-10T23:00:00Z"),
+    ("day", "calendar", "Europe/Berlin", "2026-01-10T23:00:00Z", "2026-01-10T23:00:00Z", "2026-01-11T23:00:00Z"),
+    # The clock goes forward: 23 hours; it goes back: 25 hours.
+    ("day", "calendar", "Europe/Berlin", "2026-03-29T12:00:00Z", "2026-03-28T23:00:00Z", "2026-03-29T22:00:00Z"),
+    ("day", "calendar", "Europe/Berlin", "2026-10-25T12:00:00Z", "2026-10-24T22:00:00Z", "2026-10-25T23:00:00Z"),
+    # The hour that comes twice is two windows.
+    ("hour", "calendar", "Europe/Berlin", "2026-10-25T00:30:00Z", "2026-10-25T00:00:00Z", "2026-10-25T01:00:00Z"),
+    ("hour", "calendar", "Europe/Berlin", "2026-10-25T01:30:00Z", "2026-10-25T01:00:00Z", "2026-10-25T02:00:00Z"),
+    # A clock that changes at midnight: the day has no 00:00, and still ends at the next one.
+    ("day", "calendar", "Africa/Cairo", "2024-04-26T10:00:00Z", "2024-04-25T22:00:00Z", "2024-04-26T21:00:00Z"),
+    # Weeks begin on Monday.
+    ("week", "calendar", "UTC", "2026-03-01T23:59:59Z", "2026-02-23T00:00:00Z", "2026-03-02T00:00:00Z"),
+    ("week", "calendar", "UTC", "2026-03-02T00:00:00Z", "2026-03-02T00:00:00Z", "2026-03-09T00:00:00Z"),
+    ("week", "calendar", "Europe/Berlin", "2026-03-25T00:00:00Z", "2026-03-22T23:00:00Z", "2026-03-29T22:00:00Z"),
+    ("month", "calendar", "America/New_York", "2026-03-01T04:59:59Z", "2026-02-01T05:00:00Z", "2026-03-01T05:00:00Z"),
+    ("month", "calendar", "America/New_York", "2026-03-15T00:00:00Z", "2026-03-01T05:00:00Z", "2026-04-01T04:00:00Z"),
+    ("minute", "rolling", "UTC", "2026-03-04T05:06:07.8Z", "2026-03-04T05:06:07.8Z", "2026-03-04T05:07:07.8Z"),
+    ("day", "rolling", "UTC", "2026-03-04T05:06:07Z", "2026-03-04T05:06:07Z", "2026-03-05T05:06:07Z"),
+    # The same time of day in the budget's zone, not in that of the session.
+    ("day", "rolling", "Europe/Berlin", "2026-03-28T12:00:00Z", "2026-03-28T12:00:00Z", "2026-03-29T11:00:00Z"),
+    ("week", "rolling", "UTC", "2026-03-04T05:06:07Z", "2026-03-04T05:06:07Z", "2026-03-11T05:06:07Z"),
+    ("month", "rolling", "UTC", "2026-01-31T05:06:07Z", "2026-01-31T05:06:07Z", "2026-02-28T05:06:07Z"),
+]
+
+
+def test_the_bounds_of_windows(database: str) -> None:
+    async def work(books: Books) -> None:
+        # Whatever zone the session happens to have.
+        await books.connection.execute("SET TIME ZONE 'America/Los_Angeles'")
+        for period, alignment, zone, at, starts, ends in BOUNDS:
+            found = await bounds(books, period, alignment, zone, at)
+            assert found == (moment(starts), moment(ends)), (period, alignment, zone, at)
+        assert await bounds(books, "lifetime", "calendar", "UTC", BOUNDS[0][3]) == (moment(BOUNDS[0][3]), None)
+
+    keep_books(database, work)
+
+
+@pytest.mark.parametrize("zone", ["UTC", "Europe/Berlin", "Africa/Cairo", "Australia/Lord_Howe", "America/Havana"])
+def test_windows_follow_each_other_without_gap_or_overlap(database: str, zone: str) -> None:
+    async def work(books: Books) -> None:
+        for period in ("hour", "day", "week", "month"):
+            begin = datetime(2024, 1, 1, tzinfo=UTC)
+            end = begin + timedelta(days=14 if period == "hour" else 800)
+            wrong = await books.connection.fetch(
+                """
+                SELECT at, w.starts_at, w.ends_at, n.starts_at AS next_at FROM generate_series($3::timestamptz,
+                    $4::timestamptz, $5::interval) AS at
+                CROSS JOIN LATERAL ledger.window_bounds_v1($1, 'calendar', $2, at) AS w
+                CROSS JOIN LATERAL ledger.window_bounds_v1($1, 'calendar', $2, w.ends_at) AS n
+                WHERE at >= w.ends_at OR n.starts_at <> w.ends_at OR w.starts_at >= w.ends_at""",
+                period, zone, begin, end, timedelta(minutes=61) if period == "hour" else timedelta(hours=7),
+            )  # fmt: skip
+            assert wrong == []
+
+    keep_books(database, work)
+
+
+@pytest.mark.parametrize(("period", "alignment"), [("day", "calendar"), ("hour", "rolling")])
+def test_a_new_window_opens_when_the_last_has_ended(database: str, period: str, alignment: str) -> None:
+    async def work(books: Books) -> None:
+        await books.budget("b", 100, period=period, alignment=alignment)
+        for periods in (2, 1):
+            granted((await books.admit(need=10))[1])
+            refused((await books.admit(need=1))[1])
+            await books.age("b", f"{periods} {period}")
+        assert [window.held for window in await books.windows("b")] == [100, 100]
+        granted((await books.admit(need=1))[1])
+
+    keep_books(database, work)
+
+
+def test_the_first_requests_of_a_new_subject_all_get_the_same_window_and_all_that_it_can_pay(database: str) -> None:
+    async def work(books: Books) -> None:
+        await books.budget("first", 1500, per=["user"], period="hour", alignment="rolling")
+        await books.budget("second", 10**6, per=["session"], period="minute", alignment="rolling")
+        answers = await asyncio.gather(*(books.admit(need=1) for _ in range(200)))
+        assert sum(isinstance(answer, Granted) for _, answer in answers) == 150
+        window = await books.window("first")
+        assert (window.held, window.live) == (1500, 150)
+        assert len(await books.windows("second")) == 1
+
+    keep_books(database, work, connections=8)
+
+
+def test_many_new_subjects_at_once_get_one_window_each(database: str) -> None:
+    async def work(books: Books) -> None:
+        await books.budget("a", 20, per=["user"], period="hour", alignment="rolling")
+        await books.budget("b", 10**6, per=["session"], period="hour", alignment="rolling")
+        answers = await asyncio.gather(
+            *(books.admit(need=1, user=f"u{n % 25}", session=f"s{n % 3}") for n in range(100))
+        )
+        assert sum(isinstance(answer, Granted) for _, answer in answers) == 50
+        assert [window.held for window in await books.windows("a")] == [20] * 25
+        assert total(await books.windows("b")) == 500
+
+    keep_books(database, work, connections=8)
+
+
+def test_a_month_that_nobody_made_a_partition_for_is_kept_and_blocks_no_later_one(database: str) -> None:
+    async def work(books: Books) -> None:
+        await books.budget("money", 1000)
+        late = request_id(int(datetime(2101, 5, 6, tzinfo=UTC).timestamp() * 1000), 1)
+        granted((await books.admit(id=late, need=1))[1])
+        made = "SELECT ledger.make_partitions_v1('2101-04-01', 3)"
+        # Three months of five tables, without May, which has rows in the default partitions of three tables.
+        assert await books.connection.fetchval(made) == 15 - 3
+        assert await books.connection.fetchval(made) == 0
+        assert await books.settle(settlement(late, output=1)) == ["settled"]
+        assert await books.balances("money") == (10, 0, 0, 0)
+
+    keep_books(database, work)

@@ -1,0 +1,206 @@
+"""Every check is proved: one row is changed behind the ledger's back, and that row is named."""
+
+from typing import Any
+from uuid import UUID
+
+import pytest
+
+from behest_ledger.store.pool import connect
+from behest_ledger.store.verify import CHECKS, Finding, verify
+from ledger.books import Books, granted, keep_books, settlement
+
+BALANCES = "balances are the sums of their postings"
+OPEN = "a window holds what its open requests hold"
+ABOVE = "no hard window is above its ceiling"
+CEILING = "a ceiling is the limit, or the balance found above a lowered one"
+BUDGET = "a live window is as its budget says"
+SUBJECT = "a subject's current window is its own and its last"
+MOVEMENT = "every posting moves between accounts that belong together"
+POSTED = "what was held for a request was posted for it"
+CREDIT = "credit was granted as it was posted"
+RELEASED = "an ended request holds nothing"
+AMOUNT = "a request's charge is the sum of its lines"
+TOKENS = "a request's tokens are the sum of its lines"
+LINE = "a line's amount is its quantity at its rate"
+ATTRIBUTION = "a request is attributed and priced as it was admitted"
+UNSENT = "a request that was not sent was charged nothing"
+CHARGED = "every window was charged what the request cost, once"
+PAIRS = "every ended hold has its request, and every request its hold"
+ORPHANS = "every line and posting belongs to something"
+
+# Each row: the table, the change of one row of it, the checks that must notice. $1 is the window of the budget
+# "money"; $2, $3 and $4 are an open, a settled and a voided request.
+CHANGES: list[tuple[str, str, set[str]]] = [
+    ("budget_window", "SET spent = spent + 1 {window}", {BALANCES}),
+    ("budget_window", "SET spent = spent + 1, held = held - 1 {window}", {BALANCES, OPEN}),
+    ("budget_window", "SET held = held + 1 {window}", {BALANCES, OPEN}),
+    ("budget_window", "SET suspense = suspense + 1 {window}", {BALANCES, OPEN}),
+    ("budget_window", "SET overrun = overrun + 1 {window}", {BALANCES}),
+    ("budget_window", "SET live = live + 1 {window}", {OPEN}),
+    ("budget_window", "SET limit_amount = limit_amount + 1, ceiling = ceiling + 1 {window}", {BALANCES, BUDGET}),
+    ("budget_window", "SET ceiling = ceiling + 1 {window}", {CEILING}),
+    ("budget_window", "SET ceiling = spent + held - 1 {window}", {ABOVE, CEILING}),
+    ("budget_window", "SET ceiling = NULL {window}", {BUDGET}),
+    ("budget_window", "SET unit = 'tokens' {window}", {BUDGET, CHARGED, CREDIT}),
+    ("budget_window", "SET token_kind = 'input' WHERE unit = 'tokens' AND $1 > 0", {CHARGED}),
+    ("budget_window", "SET ends_at = now() + interval '1 day' {window}", {BUDGET}),
+    ("budget_window", "SET subject = '[1]' {window}", {SUBJECT}),
+    ("budget_window", "SET budget_id = 'demo/none' {window}", {SUBJECT}),
+    ("budget_window", "DELETE {window}", {BALANCES, SUBJECT, ORPHANS}),
+    ("budget_subject", "SET window_id = NULL {window}", {SUBJECT}),
+    ("hold", "SET state = 'settled' {open}", {OPEN, RELEASED, PAIRS}),
+    ("hold", "SET state = 'suspense' {settled}", {OPEN, PAIRS}),
+    ("hold", "SET state = 'open' {settled}", {OPEN, PAIRS}),
+    ("hold", "SET state = 'void' {settled}", {UNSENT}),
+    ("hold", "SET state = 'settled' {void}", {UNSENT}),
+    ("hold", "SET granted_output_tokens = granted_output_tokens + 1 {open}", {CREDIT}),
+    ("hold", "SET output_rate_pico = output_rate_pico + 1 {open}", {CREDIT}),
+    ("hold", "SET last_seq = 0 {open}", {CREDIT}),
+    ("hold", "SET answer = jsonb_set(answer, '{{output_tokens}}', '1') {open}", {CREDIT}),
+    ("hold", "SET price_key = 'cheaper' {settled}", {ATTRIBUTION}),
+    ("hold", "SET attributes = attributes || '{{\"user\": \"eve\"}}' {settled}", {ATTRIBUTION}),
+    ("hold", "DELETE {open}", {OPEN, ORPHANS}),
+    ("hold", "DELETE {settled}", {PAIRS, ORPHANS}),
+    ("hold_line", "SET held = held + 1 {open} AND window_id = $1", {OPEN, POSTED}),
+    ("hold_line", "SET held = held + 1 {settled} AND window_id = $1", {POSTED, RELEASED}),
+    ("hold_line", "SET window_id = 4711 {settled} AND window_id = $1", {ORPHANS}),
+    ("hold_line", "DELETE {open} AND window_id = $1", {OPEN, ORPHANS}),
+    ("hold_line", "DELETE {settled} AND window_id = $1", {ORPHANS}),
+    ("posting", "SET amount = amount + 1 WHERE source_id = $2 AND window_id = $1 AND seq = 0", {BALANCES, POSTED}),
+    ("posting", "SET amount = amount + 1 WHERE source_id = $2 AND window_id = $1 AND seq = 1", {BALANCES, CREDIT}),
+    ("posting", "SET amount = amount + 1 WHERE source_id = $3 AND window_id = $1 AND credit = 'spent'", {CHARGED}),
+    ("posting", "SET amount = amount - 1 WHERE source_id = $3 AND window_id = $1 AND credit = 'available'", {RELEASED}),
+    ("posting", "SET amount = amount + 1 WHERE window_id = $1 AND debit = 'funding' AND seq = 0", {BALANCES}),
+    ("posting", "SET amount = amount + 1 WHERE $1 > 0 AND credit = 'overrun'", {BALANCES, CHARGED}),
+    ("posting", "SET credit = 'suspense' WHERE source_id = $3 AND window_id = $1 AND credit = 'spent'", {MOVEMENT}),
+    ("posting", "SET seq = 7 WHERE source_id = $3 AND window_id = $1 AND credit = 'spent'", {MOVEMENT}),
+    ("posting", "SET seq = 7 WHERE source_id = $2 AND window_id = $1 AND seq = 1", {CREDIT}),
+    ("posting", "SET window_id = 4711 WHERE source_id = $3 AND window_id = $1 AND seq = 0", {BALANCES, ORPHANS}),
+    ("posting", "SET source_id = $3 WHERE source_id = $2 AND window_id = $1 AND seq = 1", {POSTED}),
+    ("posting", "SET source_id = gen_random_uuid() WHERE source_id = $2 AND window_id = $1 AND seq = 0", {ORPHANS}),
+    ("posting", "DELETE WHERE source_id = $3 AND window_id = $1 AND credit = 'spent'", {BALANCES, CHARGED}),
+    ("posting", "DELETE WHERE source_id = $2 AND window_id = $1 AND seq = 1", {BALANCES, POSTED, CREDIT}),
+    ("request", "SET amount_pico = amount_pico + 1 {settled}", {AMOUNT, CHARGED}),
+    ("request", "SET input_tokens = input_tokens + 1 {settled}", {TOKENS, CHARGED}),
+    ("request", "SET input_tokens = output_tokens, output_tokens = input_tokens {settled}", {TOKENS}),
+    ("request", "SET facts = facts || '{{\"requests\": 0}}' {settled}", {CHARGED, UNSENT}),
+    ("request", "SET facts = facts || '{{\"requests\": 1}}' {void}", {CHARGED, UNSENT}),
+    ("request", "SET amount_pico = 1 {void}", {AMOUNT, CHARGED, UNSENT}),
+    ("request", "SET user_id = 'eve' {settled}", {ATTRIBUTION}),
+    ("request", "SET project_id = 'demo/other' {settled}", {ATTRIBUTION}),
+    ("request", "SET model = 'large' {settled}", {ATTRIBUTION}),
+    ("request", "SET price_key = 'cheaper' {settled}", {ATTRIBUTION}),
+    ("request", "DELETE {settled}", {PAIRS, ORPHANS}),
+    ("request", "DELETE {void}", {PAIRS}),
+    ("usage_line", "SET quantity = quantity + 1 {settled} AND class = 'output'", {TOKENS, LINE}),
+    ("usage_line", "SET rate_pico = rate_pico + 1 {settled} AND class = 'output'", {LINE}),
+    ("usage_line", "SET amount_pico = amount_pico + rate_pico, quantity = quantity + 1 {settled} AND class = 'output'",
+     {AMOUNT, TOKENS}),
+    ("usage_line", "SET class = 'cache' {settled} AND class = 'input'", {LINE, TOKENS}),
+    ("usage_line", "SET class = 'reasoning' {settled} AND class = 'input'", {TOKENS}),
+    ("usage_line", "SET request_id = gen_random_uuid() {settled} AND class = 'input'", {AMOUNT, ORPHANS}),
+    ("usage_line", "DELETE {settled} AND class = 'input'", {AMOUNT, TOKENS}),
+]  # fmt: skip
+
+CONSTRAINTS = [
+    ("budget_window", "ceiling_holds"),
+    ("usage_line", "usage_line_check"),
+]
+
+
+async def traffic(books: Books) -> tuple[int, UUID, UUID, UUID]:
+    """An open, extended request, a settled, an overrun and a voided one, in windows of every unit."""
+    await books.budget("calls", 100, unit="requests")
+    await books.budget("money", 1000)
+    await books.budget("narrow", 100, unit="tokens", scope={"user": "bob"})
+    await books.budget("soft", 10, enforcement="soft")
+    await books.budget("tokens", 1000, unit="tokens", per=["user"])
+    live, answer = await books.admit(input=5, need=7)
+    granted(answer)
+    granted(await books.extend(live, 1, need=11))
+    settled, _ = await books.admit(input=20, need=30)
+    voided, _ = await books.admit(input=20, need=10)
+    over, _ = await books.admit(need=95, rate=1, user="bob")
+    results = await books.settle(
+        settlement(settled, input=20, output=12), settlement(voided, sent=False), settlement(over, output=101)
+    )
+    assert results == ["settled", "settled", "settled!"]
+    return (await books.window("money")).window_id, live, settled, voided
+
+
+def test_books_that_nobody_touched_are_clean_and_say_what_they_hold(database: str) -> None:
+    async def work(books: Books) -> None:
+        await traffic(books)
+        connection = await connect(database)
+        verdict = await verify(connection)
+        await connection.close()
+        assert verdict.findings == []
+        assert (verdict.windows, verdict.requests, verdict.overrun_windows) == (6, 3, 2)
+        assert verdict.postings == await books.count("posting")
+
+    keep_books(database, work)
+
+
+def test_one_changed_row_is_named_by_the_check_that_is_meant_for_it(database: str) -> None:
+    async def work(books: Books) -> None:
+        window, live, settled, voided = await traffic(books)
+        where = {
+            "window": "WHERE window_id = $1",
+            "open": "WHERE $1 > 0 AND request_id = $2",
+            "settled": "WHERE $1 > 0 AND request_id = $3",
+            "void": "WHERE $1 > 0 AND request_id = $4",
+        }
+        noticed: set[str] = set()
+        async with books.connection.acquire() as connection:
+            for table, change, expected in CHANGES:
+                undo = connection.transaction()
+                await undo.start()
+                await connection.execute("SET LOCAL session_replication_role = replica")
+                for name, constraint in CONSTRAINTS:
+                    await connection.execute(f"ALTER TABLE ledger.{name} DROP CONSTRAINT {constraint}")
+                verb, rest = change.format(**where).split(" ", 1)
+                statement = f"{'DELETE FROM' if verb == 'DELETE' else 'UPDATE'} ledger.{table} "
+                statement += rest if verb == "DELETE" else f"SET {rest}"
+                statement += " AND ($1::bigint, $2::uuid, $3::uuid, $4::uuid) IS NOT NULL"
+                done = await connection.execute(statement, window, live, settled, voided)
+                assert done.split()[-1] in ("1", "2"), (statement, done)
+                found = await findings(connection)
+                await undo.rollback()
+                checks = {finding.check for finding in found}
+                assert checks >= expected, (table, change, found)
+                named = " ".join(finding.place for finding in found)
+                assert any(str(one) in named for one in (window, live, settled, voided, 4711)), (table, change, named)
+                noticed |= expected
+        assert noticed == set(CHECKS)
+
+    keep_books(database, work)
+
+
+def test_a_finding_names_the_place_what_was_expected_and_what_was_found(database: str) -> None:
+    async def work(books: Books) -> None:
+        window, _, settled, _ = await traffic(books)
+        await books.connection.execute("UPDATE ledger.budget_window SET overrun = 5 WHERE window_id = $1", window)
+        await books.connection.execute("UPDATE ledger.request SET user_id = 'eve' WHERE request_id = $1", settled)
+        found = await books.findings()
+        assert Finding(BALANCES, f"window {window} of acme, account overrun", "0", "5") in found
+        (other,) = [finding for finding in found if finding.check == ATTRIBUTION]
+        assert other.place == f"request {settled}"
+        assert " | ann | " in other.expected
+        assert " | eve | " in other.found
+
+    keep_books(database, work, clean=False)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_every_check_is_a_sentence_about_what_should_be_so(check: str) -> None:
+    assert check == check.strip(" .")
+    assert len(check.split()) > 4
+
+
+async def findings(connection: Any) -> list[Finding]:
+    """What `verify` finds, inside a transaction that is undone."""
+    return [
+        Finding(check, place, str(expected), str(found))
+        for check, query in CHECKS.items()
+        for place, expected, found in await connection.fetch(query)
+    ]

@@ -1,0 +1,199 @@
+"""The same application under a server that offers no direct writes, and the queue that serves it there."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+from hypercorn.asyncio import serve
+from hypercorn.config import Config
+
+from behest_ledger.store.pool import connect
+from behest_proxy.app.asgi import client_app
+from behest_proxy.app.client_stream import BUFFER_BYTES_HIGH, BUFFER_BYTES_MAX, QueuedStream, client_stream
+from behest_proxy.app.gateway import Gateway
+from behest_proxy.app.settings import Settings
+from behest_proxy.cli.preflight import free_port
+from stack import Project, Stack
+
+QUESTION: list[Any] = [{"role": "user", "content": "Tell me a story."}]
+
+
+@asynccontextmanager
+async def _served_by_hypercorn(stack: Stack, folder: Path) -> AsyncIterator[str]:
+    """A second sidecar on the same ledger, as any ASGI server would run it."""
+    key_file = folder / "signing.pem"
+    key_file.write_bytes(stack.signing_key.private_pem())
+    gateway = Gateway(Settings(database_url=stack.dsn, signing_key_file=key_file))
+    await gateway.start()
+    config = Config()
+    config.bind = [f"127.0.0.1:{free_port(0)}"]
+    config.errorlog = None
+    stopped = asyncio.Event()
+    serving = asyncio.create_task(serve(client_app(gateway), config, shutdown_trigger=stopped.wait))
+    try:
+        yield f"http://{config.bind[0]}"
+    finally:
+        stopped.set()
+        await serving
+        await gateway.aclose()
+
+
+@asynccontextmanager
+async def _connected(stack: Stack) -> AsyncIterator[Any]:
+    connection = await connect(stack.dsn)
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
+async def _until_it_listens(client: httpx.AsyncClient) -> None:
+    for _ in range(200):
+        try:
+            await client.get("/.well-known/jwks.json")
+        except httpx.ConnectError:
+            await asyncio.sleep(0.02)
+        else:
+            return
+
+
+def test_the_application_streams_and_is_cancelled_under_another_server(stack: Stack, tmp_path: Path) -> None:
+    project: Project = stack.project()
+    headers = {"Authorization": f"Bearer {project.mint()}"}
+
+    def body(**sim: Any) -> dict[str, Any]:
+        return {"messages": QUESTION, "stream": True, "sim": sim}
+
+    async def scenario() -> tuple[str, httpx.Response]:
+        async with _served_by_hypercorn(stack, tmp_path) as url, httpx.AsyncClient(base_url=url) as client:
+            await _until_it_listens(client)
+            whole = await client.post("/v1/chat/completions", headers=headers, json=body(output_tokens=50))
+            plain = await client.post("/v1/chat/completions", headers=headers, json={"messages": QUESTION})
+            async with client.stream(
+                "POST",
+                "/v1/chat/completions",
+                headers=headers,
+                json=body(output_tokens=10_000, chunk_interval_ms=5),
+            ) as answer:
+                seen = 0
+                async for _ in answer.aiter_lines():
+                    seen += 1
+                    if seen == 20:
+                        break
+            async with _connected(stack) as connection:
+                for _ in range(200):
+                    found = await connection.fetchval(
+                        "SELECT count(*) FROM ledger.request WHERE project_id = $1", project.project_id
+                    )
+                    if found == 3:
+                        break
+                    await asyncio.sleep(0.02)
+            return whole.text, plain
+
+    text, plain = asyncio.run(scenario())
+    assert text.endswith("data: [DONE]\n\n")
+    assert plain.json()["usage"]["completion_tokens"] == 64
+    rows = project.settled(number=3)
+    assert [row["outcome"] for row in rows] == ["completed", "completed", "client_cancelled"]
+    assert [row["output_tokens"] for row in rows[:2]] == [50, 64]
+
+
+class _Server:
+    """ASGI's `send` and `receive`, with a client that can stop reading and leave."""
+
+    def __init__(self) -> None:
+        self.sent: list[Any] = []
+        self.reads = asyncio.Event()
+        self.reads.set()
+        self.left = asyncio.Event()
+
+    async def send(self, message: Any) -> None:
+        await self.reads.wait()
+        self.sent.append(message)
+
+    async def receive(self) -> Any:
+        await self.left.wait()
+        return {"type": "http.disconnect"}
+
+
+def test_what_was_written_is_sent_in_its_order() -> None:
+    async def scenario() -> list[Any]:
+        server = _Server()
+        stream = QueuedStream(server.send, server.receive)
+        stream.begin(200, [(b"a", b"b")])
+        stream.write(b"one")
+        stream.write(b"two")
+        stream.end()
+        await stream.run()
+        return server.sent
+
+    start, *bodies = asyncio.run(scenario())
+    assert (start["status"], start["headers"]) == (200, [(b"a", b"b")])
+    assert [(body["body"], body["more_body"]) for body in bodies] == [(b"one", True), (b"two", True), (b"", False)]
+
+
+def test_a_client_that_does_not_read_pauses_the_stream_and_resumes_it_when_it_does() -> None:
+    async def scenario() -> list[str]:
+        server = _Server()
+        server.reads.clear()
+        stream = QueuedStream(server.send, server.receive)
+        told: list[str] = []
+        stream.on_resume = lambda: told.append("resume")
+        running = asyncio.create_task(stream.run())
+        stream.begin(200, [])
+        while not stream.paused:
+            stream.write(b"x" * 1000)
+            await asyncio.sleep(0)
+        assert stream.buffered_bytes <= BUFFER_BYTES_HIGH + 1000
+        server.reads.set()
+        while stream.paused:
+            await asyncio.sleep(0)
+        stream.end()
+        await running
+        return told
+
+    assert asyncio.run(scenario()) == ["resume"]
+
+
+def test_a_client_that_lets_too_much_pile_up_is_given_up_once() -> None:
+    async def scenario() -> tuple[list[str], int]:
+        server = _Server()
+        server.reads.clear()
+        stream = QueuedStream(server.send, server.receive)
+        told: list[str] = []
+        stream.on_gone = lambda: told.append("gone")
+        for _ in range(BUFFER_BYTES_MAX // 1000 + 10):
+            stream.write(b"x" * 1000)
+        return told, stream.buffered_bytes
+
+    told, buffered = asyncio.run(scenario())
+    assert told == ["gone"]
+    assert buffered <= BUFFER_BYTES_MAX + 1000
+
+
+def test_a_disconnect_is_told_once_and_not_after_the_end() -> None:
+    async def scenario(*, ended: bool) -> list[str]:
+        server = _Server()
+        stream = QueuedStream(server.send, server.receive)
+        told: list[str] = []
+        stream.on_gone = lambda: told.append("gone")
+        watching = asyncio.create_task(stream.watch())
+        if ended:
+            stream.end()
+        server.left.set()
+        await watching
+        return told
+
+    assert asyncio.run(scenario(ended=False)) == ["gone"]
+    assert asyncio.run(scenario(ended=True)) == []
+
+
+def test_our_own_edge_is_preferred() -> None:
+    async def nothing(_message: Any = None) -> None: ...
+
+    direct = object()
+    assert client_stream({"extensions": {"behest.direct": {"stream": direct}}}, nothing, nothing) is direct
+    assert isinstance(client_stream({}, nothing, nothing), QueuedStream)
