@@ -76,7 +76,7 @@ check: $(VENV)/.installed-dev ## lint, format, types, architecture, tests: what 
 	$(BIN)/lint-imports
 	$(BIN)/python -Im pytest $(ARGS)
 
-bench: $(VENV)/.installed-dev ## measure the figures of the README
+bench: $(VENV)/.installed-bench ## measure the figures of the README
 	@$(BIN)/python $(BENCH) $(ARGS)
 
 clean-venv: ## remove .venv
@@ -112,5 +112,10 @@ $(VENV)/.installed-up: $(VENV)/.made pyproject.toml
 $(VENV)/.installed-dev: $(VENV)/.made pyproject.toml
 	$(call install,dev,$@)
 	@touch $(VENV)/.installed-up
+
+# The peers that the figures are measured against.
+$(VENV)/.installed-bench: $(VENV)/.made pyproject.toml
+	$(call install,dev$(comma)bench,$@)
+	@touch $(VENV)/.installed-up $(VENV)/.installed-dev
 
 comma := ,

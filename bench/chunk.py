@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from bench.cpu import MachineUse, cpu_s, descendants
+from bench.cpu import MachineUse, cpu_s, descendants, snapshot, used_since_s
 from bench.load import Played, Wave, Wire, play
 from bench.peers import Peer
 
@@ -155,10 +155,9 @@ class Bench:
         return results
 
     async def _measured(self, peer: Peer, wave: Wave, result: Result) -> Spent:
-        postgres = descendants(peer.parent_pid, "postgres") if peer.parent_pid else []
+        postgres = snapshot(descendants(peer.parent_pid, "postgres") if peer.parent_pid else [])
         started_s, machine = time.monotonic(), MachineUse.now()
         proxy_s, simulator_s = cpu_s(peer.pid), cpu_s(self._simulator_pid)
-        postgres_s = sum(map(cpu_s, postgres))
         played = await play(wave, peer.base_url, peer.tokens)
         await asyncio.sleep(_SETTLE_S)
         elapsed_s = time.monotonic() - started_s
@@ -166,7 +165,7 @@ class Bench:
             peer.name: cpu_s(peer.pid) - proxy_s,
             "simulator": cpu_s(self._simulator_pid) - simulator_s,
             "client": played.client_cpu_s,
-            "postgres": sum(map(cpu_s, postgres)) - postgres_s,
+            "postgres": used_since_s(postgres),
         }
         result.postgres_cpu_s += used["postgres"]
         self._note_shares(result, used, played, machine)

@@ -1,6 +1,8 @@
 """CPU time of processes, to the nanosecond, and how busy the machine was beside them."""
 
+import contextlib
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +19,18 @@ def cpu_s(pid: int) -> float:
     return time.clock_gettime((~pid << 3) | _SCHED_CLOCK)
 
 
-def stat_cpu_s(pid: int) -> float:
-    """The same by /proc/<pid>/stat, to compare with."""
-    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(") ")[2].split()
-    return (int(fields[11]) + int(fields[12])) / 100
+def snapshot(pids: Iterable[int]) -> dict[int, float]:
+    """`cpu_s` of each; PostgreSQL's short-lived workers that have ended meanwhile are left out."""
+    found: dict[int, float] = {}
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            found[pid] = cpu_s(pid)
+    return found
+
+
+def used_since_s(before: dict[int, float]) -> float:
+    """What these processes have used since their snapshot."""
+    return sum(now_s - before[pid] for pid, now_s in snapshot(before).items())
 
 
 def descendants(pid: int, name: str) -> list[int]:

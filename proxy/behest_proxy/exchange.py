@@ -15,7 +15,8 @@ the provider is paused, and only a definite refusal ends the stream.
 """
 
 import enum
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import msgspec
@@ -567,7 +568,7 @@ class Exchange:
         return usd_from_pico(self._terms.amount_pico(counts))
 
 
-def _ordinary_text(chunk: Chunk, seen: Set[int]) -> str | None:
+def _ordinary_text(chunk: Chunk, seen: AbstractSet[int]) -> str | None:
     """The text of a chunk that adds content to a known choice and says nothing else; None for any other."""
     if chunk.usage is None and chunk.error is None and chunk.x_groq is None:
         choices = chunk.choices

@@ -20,6 +20,7 @@ class Meter:
 
     __slots__ = (
         "_cap_tokens",
+        "_enough_tokens",
         "_payable_tokens",
         "_ratio_percent",
         "_tool_call_tokens",
@@ -47,7 +48,7 @@ class Meter:
         self.tranche_tokens = credit_tokens
         self.output = 0
         self.reasoning = 0
-        self._payable_tokens = self._payable()
+        self._look_ahead()
 
     @property
     def counted_tokens(self) -> int:
@@ -70,22 +71,28 @@ class Meter:
         self.reasoning += reasoning
         return True
 
-    def _payable(self) -> int:
-        """The highest count for which `required_tokens` is within the credit: its inverse, kept for `pay`."""
+    def _look_ahead(self) -> None:
+        """How far the credit reaches, as counts: `pay` and `runs_low` come with every read, new credit seldom."""
         if self.is_covered:
-            return self.credit_tokens
-        return (self.credit_tokens - self.reserve_tokens) * 100 // self._ratio_percent
+            self._payable_tokens = self._enough_tokens = self.credit_tokens
+        else:
+            self._payable_tokens = self._reach(self.credit_tokens)
+            self._enough_tokens = self._reach(self.credit_tokens - (self.tranche_tokens + 1) // 2)
+
+    def _reach(self, credit_tokens: int) -> int:
+        """The highest count that some credit below the cap covers: the inverse of `required_tokens`."""
+        return (credit_tokens - self.reserve_tokens) * 100 // self._ratio_percent
 
     def reserve_tool_calls(self, calls: int) -> None:
         """Keep more in reserve for tool calls, whose framing the provider bills and nobody sees."""
         self.reserve_tokens += self._tool_call_tokens * calls
-        self._payable_tokens = self._payable()
+        self._look_ahead()
 
     def add_credit(self, tokens: int) -> None:
         """More credit was granted."""
         self.credit_tokens += tokens
         self.tranche_tokens = tokens
-        self._payable_tokens = self._payable()
+        self._look_ahead()
 
     def missing_tokens(self, output: int, reasoning: int) -> int:
         """What has to be asked for at least, so that these tokens can be forwarded."""
@@ -95,8 +102,7 @@ class Meter:
     @property
     def runs_low(self) -> bool:
         """Half of the last tranche is used: time to ask for the next one, while the stream goes on."""
-        left = self.credit_tokens - self.required_tokens(self.output + self.reasoning)
-        return left * 2 < self.tranche_tokens and not self.is_covered
+        return self.output + self.reasoning > self._enough_tokens
 
     @property
     def is_covered(self) -> bool:

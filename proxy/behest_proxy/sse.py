@@ -176,6 +176,8 @@ def data_event(payload: bytes) -> bytes:
 
 def data_events(payloads: Sequence[bytes]) -> bytes:
     """The events of several JSON texts, to be written at once."""
+    if len(payloads) == 1:
+        return data_event(payloads[0])
     events = b"data: %b\n\n" % _BETWEEN.join(payloads)
     if events.count(_LF) == 2 * len(payloads) and _CR not in events:
         return events

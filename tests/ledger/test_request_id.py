@@ -29,7 +29,7 @@ def test_all_74_random_bits_count(unix_ms: int, bits: int, others: int) -> None:
     assert (request_id(unix_ms, bits) == request_id(unix_ms, others)) == (bits == others)
 
 
-def test_the_database_reads_the_month_of_an_id_as_we_wrote_it(database: str) -> None:
+def test_the_database_reads_the_month_of_an_id_as_we_wrote_it(dsn: str) -> None:
     months = {
         datetime(2026, 1, 1, tzinfo=UTC): "2026-01-01",
         datetime(2026, 1, 31, 23, 59, 59, 999000, tzinfo=UTC): "2026-01-01",
@@ -44,4 +44,4 @@ def test_the_database_reads_the_month_of_an_id_as_we_wrote_it(database: str) -> 
             made = request_id(round(moment.timestamp() * 1000), 5)
             assert await books.connection.fetchval("SELECT ledger.month_of_v1($1)::text", made) == month
 
-    keep_books(database, work)
+    keep_books(dsn, work)

@@ -9,17 +9,17 @@ from behest_ledger.store import holds
 from ledger.books import Books, admission, granted, keep_books, new_id, refused, settlement
 
 
-def test_a_request_without_budgets_gets_all_it_wants(database: str) -> None:
+def test_a_request_without_budgets_gets_all_it_wants(dsn: str) -> None:
     async def work(books: Books) -> None:
         _, answer = await books.admit(need=1, want=512)
         assert answer == Granted(output_tokens=512)
         assert await books.count("hold") == 1
         assert await books.count("posting") == 0
 
-    keep_books(database, work)
+    keep_books(dsn, work)
 
 
-def test_one_admission_holds_in_the_unit_of_each_budget(database: str) -> None:
+def test_one_admission_holds_in_the_unit_of_each_budget(dsn: str) -> None:
     async def work(books: Books) -> None:
         await books.budget("money", 10_000)
         await books.budget("all", 500, unit="tokens")
@@ -35,14 +35,14 @@ def test_one_admission_holds_in_the_unit_of_each_budget(database: str) -> None:
         }  # fmt: skip
         assert {window.live for window in await books.windows()} == {1}
 
-    keep_books(database, work)
+    keep_books(dsn, work)
 
 
 @pytest.mark.parametrize(
     "short", [("usd", 100, "both"), ("tokens", 20, "both"), ("tokens", 10, "output"), ("tokens", 9, "input"),
               ("requests", 0, "both")]
 )  # fmt: skip
-def test_a_request_holds_in_all_its_windows_or_in_none(database: str, short: tuple[Any, int, str]) -> None:
+def test_a_request_holds_in_all_its_windows_or_in_none(dsn: str, short: tuple[Any, int, str]) -> None:
     unit, limit, kind = short
 
     async def work(books: Books) -> None:
@@ -54,10 +54,10 @@ def test_a_request_holds_in_all_its_windows_or_in_none(database: str, short: tup
         assert {(window.held, window.live) for window in await books.windows()} == {(0, 0)}
         assert await books.count("hold") == 0
 
-    keep_books(database, work)
+    keep_books(dsn, work)
 
 
-def test_the_strict_budget_wins_whatever_its_name_and_whenever_it_was_used_first(database: str) -> None:
+def test_the_strict_budget_wins_whatever_its_name_and_whenever_it_was_used_first(dsn: str) -> None:
     async def work(books: Books) -> None:
         for number, order in enumerate(itertools.permutations([10_000, 150, 400])):
             user = f"user{number}"
@@ -76,10 +76,10 @@ def test_the_strict_budget_wins_whatever_its_name_and_whenever_it_was_used_first
             _, answer = await books.admit(user=user, need=1)
             assert refused(answer).limit == 150
 
-    keep_books(database, work)
+    keep_books(dsn, work)
 
 
-def test_a_budget_binds_whoever_matches_every_pattern_of_its_scope(database: str) -> None:
+def test_a_budget_binds_whoever_matches_every_pattern_of_its_scope(dsn: str) -> None:
     async def work(books: Books) -> None:
         await books.budget("models", 0, scope={"model": "gpt-4%", "user": "a__"})
         await books.budget("literal", 0, scope={"model": r"100\%\_sure"})
@@ -104,19 +104,19 @@ def test_a_budget_binds_whoever_matches_every_pattern_of_its_scope(database: str
         for budget, who in bound.items():
             assert refused((await books.admit(**who))[1]).budget == budget
 
-    keep_books(database, work)
+    keep_books(dsn, work)
 
 
-def test_budgets_of_another_tenant_bind_nobody_here(database: str) -> None:
+def test_budgets_of_another_tenant_bind_nobody_here(dsn: str) -> None:
     async def work(books: Books) -> None:
         await books.budget("none", 0, tenant="other")
         assert isinstance((await books.admit())[1], Granted)
         assert isinstance((await books.admit(tenant="other"))[1], Refused)
 
-    keep_books(database, work)
+    keep_books(dsn, work)
 
 
-def test_every_subject_has_a_window_of_its_own(database: str) -> None:
+def test_every_subject_has_a_window_of_its_own(dsn: str) -> None:
     async def work(books: Books) -> None:
         await books.budget("each", 100, per=["user", "session", "model"])
         subjects: list[dict[str, Any]] = [{}, {"user": "bob"}, {"model": "large"}, {"session": "s2"}]
@@ -131,10 +131,10 @@ def test_every_subject_has_a_window_of_its_own(database: str) -> None:
             '["ann", ["demo/shop", "ann", "s2"], "small"]': 60,
         }
 
-    keep_books(database, work)
+    keep_books(dsn, work)
 
 
-def test_a_refusal_says_exactly_how_the_budget_stands(database: str) -> None:
+def test_a_refusal_says_exactly_how_the_budget_stands(dsn: str) -> None:
     async def work(books: Books) -> None:
         big = 10**24  # more than a JSON reader's integers hold
         await books.budget("day", big + 1000, scope={"project": "demo/%"}, per=["user"], period="day")
@@ -161,19 +161,19 @@ def test_a_refusal_says_exactly_how_the_budget_stands(database: str) -> None:
             retry_after_s=answer.retry_after_s,
         )
 
-    keep_books(database, work)
+    keep_books(dsn, work)
 
 
-def test_a_refusal_of_a_lifetime_budget_has_no_time_to_come_back(database: str) -> None:
+def test_a_refusal_of_a_lifetime_budget_has_no_time_to_come_back(dsn: str) -> None:
     async def work(books: Books) -> None:
         await books.budget("life", 90)
         answer = refused((await books.admit(need=10))[1])
         assert (answer.resets_at, answer.retry_after_s, answer.remaining) == (None, None, 90)
 
-    keep_books(database, work)
+    keep_books(dsn, work)
 
 
-def test_suspension_comes_before_money_and_money_before_rates(database: str) -> None:
+def test_suspension_comes_before_money_and_money_before_rates(dsn: str) -> None:
     async def work(books: Books) -> None:
         await books.budget("a-rate", 0, unit="requests", refusal="rate", period="minute")
         assert refused((await books.admit())[1]).reason == "rate"
@@ -191,10 +191,10 @@ def test_suspension_comes_before_money_and_money_before_rates(database: str) -> 
         answer = refused((await books.admit())[1])
         assert (answer.reason, answer.what, answer.name) == ("suspended", "project", "demo/shop")
 
-    keep_books(database, work)
+    keep_books(dsn, work)
 
 
-def test_a_soft_budget_counts_and_never_stops_anybody(database: str) -> None:
+def test_a_soft_budget_counts_and_never_stops_anybody(dsn: str) -> None:
     async def work(books: Books) -> None:
         await books.budget("soft", 10, enforcement="soft")
         first, answer = await books.admit(need=1, want=512)
@@ -204,10 +204,10 @@ def test_a_soft_budget_counts_and_never_stops_anybody(database: str) -> None:
         assert await books.balances("soft") == (20_000, 0, 0, 0)
         assert isinstance((await books.admit(need=100))[1], Granted)
 
-    keep_books(database, work)
+    keep_books(dsn, work)
 
 
-def test_the_same_admission_gets_the_same_answer_and_holds_once(database: str) -> None:
+def test_the_same_admission_gets_the_same_answer_and_holds_once(dsn: str) -> None:
     async def work(books: Books) -> None:
         await books.budget("money", 1000)
         asked = admission(need=5, want=50, shares=2)
@@ -218,10 +218,10 @@ def test_the_same_admission_gets_the_same_answer_and_holds_once(database: str) -
         assert await holds.admit(books.connection, asked) == first
         assert await books.balances("money") == (0, 510, 0, 1)
 
-    keep_books(database, work)
+    keep_books(dsn, work)
 
 
-def test_an_admission_that_is_repeated_after_its_end_is_no_grant(database: str) -> None:
+def test_an_admission_that_is_repeated_after_its_end_is_no_grant(dsn: str) -> None:
     async def work(books: Books) -> None:
         await books.budget("money", 1000)
         asked = admission(need=5)
@@ -230,10 +230,10 @@ def test_an_admission_that_is_repeated_after_its_end_is_no_grant(database: str) 
         assert await holds.admit(books.connection, asked) == Gone()
         assert await books.balances("money") == (50, 0, 0, 0)
 
-    keep_books(database, work)
+    keep_books(dsn, work)
 
 
-def test_an_admission_that_comes_after_its_void_does_nothing(database: str) -> None:
+def test_an_admission_that_comes_after_its_void_does_nothing(dsn: str) -> None:
     async def work(books: Books) -> None:
         await books.budget("money", 1000)
         late = new_id()
@@ -242,10 +242,10 @@ def test_an_admission_that_comes_after_its_void_does_nothing(database: str) -> N
         assert await books.settle(settlement(late, sent=False)) == ["already"]
         assert await books.windows() == []
 
-    keep_books(database, work)
+    keep_books(dsn, work)
 
 
-def test_a_grant_is_a_share_of_what_is_left_and_never_below_the_need(database: str) -> None:
+def test_a_grant_is_a_share_of_what_is_left_and_never_below_the_need(dsn: str) -> None:
     async def work(books: Books) -> None:
         await books.budget("tokens", 1000, unit="tokens")
         first, answer = await books.admit(want=10_000, shares=4)
@@ -257,17 +257,19 @@ def test_a_grant_is_a_share_of_what_is_left_and_never_below_the_need(database: s
         assert granted((await books.admit(need=30, want=20))[1]).output_tokens == 30
         assert granted(await books.extend(first, 1, need=30, want=20)).output_tokens == 30
 
-    keep_books(database, work)
+    keep_books(dsn, work)
 
 
-def test_a_name_with_the_character_nul_is_admitted_and_settled(database: str) -> None:
+def test_a_name_with_the_character_nul_is_admitted_and_settled(dsn: str) -> None:
     async def work(books: Books) -> None:
         await books.budget("sessions", 1000, per=["session"])
         first, answer = await books.admit(session="a\0b\\u0000", need=1)
         granted(answer)
         await books.settle(settlement(first, output=1, facts={"finish_reasons": ["\0", "\\\0", "\\u0000"]}))
-        row = await books.connection.fetchrow("SELECT session_id, facts ->> 'finish_reasons' AS told FROM ledger.request")
+        row = await books.connection.fetchrow(
+            "SELECT session_id, facts ->> 'finish_reasons' AS told FROM ledger.request"
+        )
         assert row["session_id"] == "a\ufffdb\\u0000"
         assert json.loads(row["told"]) == ["\ufffd", "\\\ufffd", "\\u0000"]
 
-    keep_books(database, work)
+    keep_books(dsn, work)

@@ -7,7 +7,7 @@ from behest_ledger.store import holds
 from ledger.books import TENANT, Books, granted, keep_books, new_id, refused, settlement
 
 
-def test_an_extension_adds_to_every_window_that_output_moves(database: str) -> None:
+def test_an_extension_adds_to_every_window_that_output_moves(dsn: str) -> None:
     async def work(books: Books) -> None:
         await books.budget("money", 10_000)
         await books.budget("out", 500, unit="tokens", kind="output")
@@ -18,10 +18,10 @@ def test_an_extension_adds_to_every_window_that_output_moves(database: str) -> N
         held = {window.budget: window.held for window in await books.windows()}
         assert held == {"demo/money": 280, "demo/out": 25, "demo/in": 10, "demo/calls": 1}
 
-    keep_books(database, work)
+    keep_books(dsn, work)
 
 
-def test_an_extension_is_given_in_all_windows_or_in_none(database: str) -> None:
+def test_an_extension_is_given_in_all_windows_or_in_none(dsn: str) -> None:
     async def work(books: Books) -> None:
         await books.budget("a", 10_000)
         await books.budget("m", 100)
@@ -32,10 +32,10 @@ def test_an_extension_is_given_in_all_windows_or_in_none(database: str) -> None:
         assert {window.held for window in await books.windows()} == {50}
         assert granted(await books.extend(first, 2, need=1, want=100)).output_tokens == 5
 
-    keep_books(database, work)
+    keep_books(dsn, work)
 
 
-def test_the_same_extension_gets_the_same_answer_and_holds_once(database: str) -> None:
+def test_the_same_extension_gets_the_same_answer_and_holds_once(dsn: str) -> None:
     async def work(books: Books) -> None:
         await books.budget("money", 100)
         first, _ = await books.admit(need=1)
@@ -48,10 +48,10 @@ def test_the_same_extension_gets_the_same_answer_and_holds_once(database: str) -
         assert granted(await books.extend(first, 3, need=5)).output_tokens == 5
         assert await books.balances("money") == (0, 110, 0, 1)
 
-    keep_books(database, work)
+    keep_books(dsn, work)
 
 
-def test_an_ended_or_unknown_hold_is_not_extended(database: str) -> None:
+def test_an_ended_or_unknown_hold_is_not_extended(dsn: str) -> None:
     async def work(books: Books) -> None:
         await books.budget("money", 100)
         settled, _ = await books.admit(need=1)
@@ -61,10 +61,10 @@ def test_an_ended_or_unknown_hold_is_not_extended(database: str) -> None:
             assert await books.extend(one, 1, need=1) == Gone()
         assert await books.balances("money") == (10, 0, 0, 0)
 
-    keep_books(database, work)
+    keep_books(dsn, work)
 
 
-def test_a_batch_answers_each_of_its_extensions_apart(database: str) -> None:
+def test_a_batch_answers_each_of_its_extensions_apart(dsn: str) -> None:
     async def work(books: Books) -> None:
         await books.budget("each", 100, per=["user"])
         ids = [(await books.admit(user=f"u{number}", need=number))[0] for number in range(1, 10)]
@@ -76,11 +76,11 @@ def test_a_batch_answers_each_of_its_extensions_apart(database: str) -> None:
         assert [isinstance(answers[one], Granted) for one in ids] == [True] * 6 + [False] * 3
         assert answers[asked[-1].request_id] == Gone()
 
-    keep_books(database, work)
+    keep_books(dsn, work)
 
 
 @pytest.mark.parametrize("switch", ["budget", "project"])
-def test_suspension_binds_live_requests_at_once(database: str, switch: str) -> None:
+def test_suspension_binds_live_requests_at_once(dsn: str, switch: str) -> None:
     async def work(books: Books) -> None:
         await books.budget("a", 0, scope={"user": "bob"})
         await books.budget("money", 100)
@@ -97,10 +97,10 @@ def test_suspension_binds_live_requests_at_once(database: str, switch: str) -> N
         assert (answer.reason, answer.what) == ("suspended", switch)
         assert await books.balances("money") == (0, 10, 0, 1)
 
-    keep_books(database, work)
+    keep_books(dsn, work)
 
 
-def test_a_raised_limit_is_there_for_live_requests_at_once(database: str) -> None:
+def test_a_raised_limit_is_there_for_live_requests_at_once(dsn: str) -> None:
     async def work(books: Books) -> None:
         await books.budget("money", 100)
         first, _ = await books.admit(need=10)
@@ -108,10 +108,10 @@ def test_a_raised_limit_is_there_for_live_requests_at_once(database: str) -> Non
         await books.budget("money", 200)
         assert granted(await books.extend(first, 2, need=1, want=50)).output_tokens == 10
 
-    keep_books(database, work)
+    keep_books(dsn, work)
 
 
-def test_a_balance_above_a_lowered_limit_may_only_fall(database: str) -> None:
+def test_a_balance_above_a_lowered_limit_may_only_fall(dsn: str) -> None:
     async def work(books: Books) -> None:
         await books.budget("money", 1000)
         ids = [(await books.admit(need=25))[0] for _ in range(4)]
@@ -137,10 +137,10 @@ def test_a_balance_above_a_lowered_limit_may_only_fall(database: str) -> None:
         await books.budget("money", 300)
         assert await state() == (300, 300, 300)
 
-    keep_books(database, work)
+    keep_books(dsn, work)
 
 
-def test_a_budget_may_become_soft_and_hard_again_while_requests_run(database: str) -> None:
+def test_a_budget_may_become_soft_and_hard_again_while_requests_run(dsn: str) -> None:
     async def work(books: Books) -> None:
         async def ceiling() -> int | None:
             return (await books.window("money")).ceiling
@@ -156,10 +156,10 @@ def test_a_budget_may_become_soft_and_hard_again_while_requests_run(database: st
         await books.settle(settlement(first, output=9))
         assert await ceiling() == 100
 
-    keep_books(database, work)
+    keep_books(dsn, work)
 
 
-def test_a_request_stays_in_the_windows_of_its_admission(database: str) -> None:
+def test_a_request_stays_in_the_windows_of_its_admission(dsn: str) -> None:
     async def work(books: Books) -> None:
         await books.budget("day", 1000, period="day")
         first, _ = await books.admit(need=10)
@@ -175,10 +175,10 @@ def test_a_request_stays_in_the_windows_of_its_admission(database: str) -> None:
         await books.budget("day", 50, period="day")
         assert [(window.limit, window.ceiling) for window in await books.windows("day")] == [(1000, 1000), (50, 50)]
 
-    keep_books(database, work)
+    keep_books(dsn, work)
 
 
-def test_a_limit_that_falls_below_the_need_cuts_and_what_is_left_can_be_taken(database: str) -> None:
+def test_a_limit_that_falls_below_the_need_cuts_and_what_is_left_can_be_taken(dsn: str) -> None:
     async def work(books: Books) -> None:
         await books.budget("tokens", 100, unit="tokens")
         ids = [(await books.admit(need=10))[0] for _ in range(5)]
@@ -187,4 +187,4 @@ def test_a_limit_that_falls_below_the_need_cuts_and_what_is_left_can_be_taken(da
         assert granted(answers[0]).output_tokens == 10
         assert [refused(answer).remaining for answer in answers[1:]] == [0, 0, 0, 0]
 
-    keep_books(database, work)
+    keep_books(dsn, work)

@@ -54,7 +54,7 @@ BOUNDS = [
 ]
 
 
-def test_the_bounds_of_windows(database: str) -> None:
+def test_the_bounds_of_windows(dsn: str) -> None:
     async def work(books: Books) -> None:
         # Whatever zone the session happens to have.
         await books.connection.execute("SET TIME ZONE 'America/Los_Angeles'")
@@ -63,11 +63,11 @@ def test_the_bounds_of_windows(database: str) -> None:
             assert found == (moment(starts), moment(ends)), (period, alignment, zone, at)
         assert await bounds(books, "lifetime", "calendar", "UTC", BOUNDS[0][3]) == (moment(BOUNDS[0][3]), None)
 
-    keep_books(database, work)
+    keep_books(dsn, work)
 
 
 @pytest.mark.parametrize("zone", ["UTC", "Europe/Berlin", "Africa/Cairo", "Australia/Lord_Howe", "America/Havana"])
-def test_windows_follow_each_other_without_gap_or_overlap(database: str, zone: str) -> None:
+def test_windows_follow_each_other_without_gap_or_overlap(dsn: str, zone: str) -> None:
     async def work(books: Books) -> None:
         for period in ("hour", "day", "week", "month"):
             begin = datetime(2024, 1, 1, tzinfo=UTC)
@@ -83,11 +83,11 @@ def test_windows_follow_each_other_without_gap_or_overlap(database: str, zone: s
             )  # fmt: skip
             assert wrong == []
 
-    keep_books(database, work)
+    keep_books(dsn, work)
 
 
 @pytest.mark.parametrize(("period", "alignment"), [("day", "calendar"), ("hour", "rolling")])
-def test_a_new_window_opens_when_the_last_has_ended(database: str, period: str, alignment: str) -> None:
+def test_a_new_window_opens_when_the_last_has_ended(dsn: str, period: str, alignment: str) -> None:
     async def work(books: Books) -> None:
         await books.budget("b", 100, period=period, alignment=alignment)
         for periods in (2, 1):
@@ -97,10 +97,10 @@ def test_a_new_window_opens_when_the_last_has_ended(database: str, period: str, 
         assert [window.held for window in await books.windows("b")] == [100, 100]
         granted((await books.admit(need=1))[1])
 
-    keep_books(database, work)
+    keep_books(dsn, work)
 
 
-def test_the_first_requests_of_a_new_subject_all_get_the_same_window_and_all_that_it_can_pay(database: str) -> None:
+def test_the_first_requests_of_a_new_subject_all_get_the_same_window_and_all_that_it_can_pay(dsn: str) -> None:
     async def work(books: Books) -> None:
         await books.budget("first", 1500, per=["user"], period="hour", alignment="rolling")
         await books.budget("second", 10**6, per=["session"], period="minute", alignment="rolling")
@@ -110,10 +110,10 @@ def test_the_first_requests_of_a_new_subject_all_get_the_same_window_and_all_tha
         assert (window.held, window.live) == (1500, 150)
         assert len(await books.windows("second")) == 1
 
-    keep_books(database, work, connections=8)
+    keep_books(dsn, work, connections=8)
 
 
-def test_many_new_subjects_at_once_get_one_window_each(database: str) -> None:
+def test_many_new_subjects_at_once_get_one_window_each(dsn: str) -> None:
     async def work(books: Books) -> None:
         await books.budget("a", 20, per=["user"], period="hour", alignment="rolling")
         await books.budget("b", 10**6, per=["session"], period="hour", alignment="rolling")
@@ -124,7 +124,7 @@ def test_many_new_subjects_at_once_get_one_window_each(database: str) -> None:
         assert [window.held for window in await books.windows("a")] == [20] * 25
         assert total(await books.windows("b")) == 500
 
-    keep_books(database, work, connections=8)
+    keep_books(dsn, work, connections=8)
 
 
 def test_a_month_that_nobody_made_a_partition_for_is_kept_and_blocks_no_later_one(database: str) -> None:

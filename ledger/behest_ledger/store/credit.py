@@ -172,13 +172,18 @@ class CreditDesk:
             self._deliver(ask, failure if failure is not None else answers.get(request_id, Gone()))
 
     def _deliver(self, ask: _Ask, answer: Answer | LedgerError) -> None:
-        if (
-            isinstance(answer, Refused)
-            and answer.reason == "quota"
-            and ask.may_wait
-            and self._stand_in_line(ask, answer)
+        stood_in = ask.refusal.window_id if ask.refusal is not None else None
+        waits = isinstance(answer, Refused) and ask.may_wait and self._stand_in_line(ask, answer)
+        if not waits:
+            self._answer(ask, answer)
+        # Did it come through where it stood, the next in that line may find something too: it got money there, or what
+        # it lacks is another window's.
+        if stood_in is not None and (
+            isinstance(answer, Granted) or (isinstance(answer, Refused) and answer.window_id != stood_in)
         ):
-            return
+            self._next_in_line(stood_in)
+
+    def _answer(self, ask: _Ask, answer: Answer | LedgerError) -> None:
         if ask.timer is not None:
             ask.timer.cancel()
         if not ask.account.ended:
@@ -186,13 +191,10 @@ class CreditDesk:
                 ask.answer(answer)
             except Exception:
                 logger.exception("a stream failed on its answer")
-        if ask.refusal is not None and isinstance(answer, Granted):
-            # There was something left: the next in line may find something too.
-            self._next_in_line(ask.refusal.window_id)
 
     def _stand_in_line(self, ask: _Ask, refusal: Refused) -> bool:
         """Whether the refusal can wait: somebody of ours is about to give money of that window back."""
-        if not self._releasing.get(refusal.window_id):
+        if refusal.reason != "quota" or not self._releasing.get(refusal.window_id):
             return False
         if ask.timer is None:
             ask.timer = asyncio.get_running_loop().call_later(LINE_WAIT_S, self._waited_enough, ask)
@@ -212,7 +214,9 @@ class CreditDesk:
         line = self._lines.get(ask.refusal.window_id)
         if line is not None and ask in line:
             line.remove(ask)
-            self._deliver(ask, ask.refusal)
+            if not line:
+                del self._lines[ask.refusal.window_id]
+            self._answer(ask, ask.refusal)
 
     def _next_in_line(self, window: int) -> None:
         line = self._lines.get(window)

@@ -38,8 +38,10 @@ async def top(connection: Connection, *, since: datetime, limit: int = 20) -> li
                        sum(output_tokens) AS output_tokens, sum(amount_pico) AS amount_pico, max(ended_at) AS last_at
                 FROM ledger.request WHERE ended_at >= $1 GROUP BY 1, 2, 3, 4
             ), live AS (
-                SELECT coalesce(attributes ->> 'project', '') AS project_id, coalesce(attributes ->> 'user', '') AS user_id,
-                       coalesce(attributes ->> 'session', '') AS session_id, coalesce(attributes ->> 'model', '') AS model,
+                SELECT coalesce(attributes ->> 'project', '') AS project_id,
+                       coalesce(attributes ->> 'user', '') AS user_id,
+                       coalesce(attributes ->> 'session', '') AS session_id,
+                       coalesce(attributes ->> 'model', '') AS model,
                        count(*) AS live, max(admitted_at) AS last_at
                 FROM ledger.hold WHERE state = 'open' GROUP BY 1, 2, 3, 4
             )

@@ -72,7 +72,8 @@ CHECKS: dict[str, str] = {
         WHERE (w.ends_at IS NULL OR w.ends_at > now()) AND (w.unit <> b.unit OR w.limit_amount <> b.limit_amount
             OR (w.ceiling IS NULL) <> (b.enforcement = 'soft') OR (w.ends_at IS NULL) <> (b.period = 'lifetime'))""",
     "a subject's current window is its own and its last": """
-        SELECT format('budget %s of %s, subject %s', s.budget_id, s.tenant_id, s.subject), last.window_id::text, s.window_id::text
+        SELECT format('budget %s of %s, subject %s', s.budget_id, s.tenant_id, s.subject), last.window_id::text,
+               s.window_id::text
         FROM ledger.budget_subject s LEFT JOIN (
             SELECT DISTINCT ON (tenant_id, budget_id, subject) tenant_id, budget_id, subject, window_id
             FROM ledger.budget_window ORDER BY tenant_id, budget_id, subject, starts_at DESC) AS last
@@ -199,7 +200,8 @@ CHECKS: dict[str, str] = {
         UNION ALL
         SELECT format('posting of %s, window %s, seq %s', p.source_id, p.window_id, p.seq), 'a hold line', 'none'
         FROM ledger.posting p LEFT JOIN ledger.hold_line l
-          ON l.tenant_id = p.tenant_id AND l.month = p.month AND l.request_id = p.source_id AND l.window_id = p.window_id
+          ON l.tenant_id = p.tenant_id AND l.month = p.month AND l.request_id = p.source_id
+         AND l.window_id = p.window_id
         WHERE l.request_id IS NULL AND (p.debit, p.credit) NOT IN (('funding', 'available'), ('available', 'funding'))
         UNION ALL
         SELECT format('usage line of request %s', u.request_id), 'a request', 'none'

@@ -11,12 +11,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 
 from behest_ledger.holds import Settlement
-from behest_ledger.store.errors import (
-    LedgerConflictError,
-    LedgerRefusedError,
-    LedgerUnavailableError,
-    SchemaError,
-)
+from behest_ledger.store.errors import LedgerError, LedgerRefusedError
 from behest_ledger.store.holds import Settled
 
 logger = logging.getLogger(__name__)
@@ -78,39 +73,40 @@ class SettlementWriter:
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
         retry_s = RETRY_FIRST_S
+        items_max = BATCH_ITEMS_MAX
         while True:
             if not self._queue:
                 self._idle.set()
                 self._wake.clear()
                 await self._wake.wait()
             started_s = loop.time()
-            batch = [self._queue[index] for index in range(min(len(self._queue), BATCH_ITEMS_MAX))]
+            batch = [self._queue[index] for index in range(min(len(self._queue), items_max))]
             try:
-                await self._write(batch)
-            except (LedgerUnavailableError, LedgerConflictError, SchemaError) as error:
-                logger.warning("settling %d requests failed, trying again: %s", len(batch), error)
-            except Exception:
-                logger.exception("settling %d requests failed in an unknown way, trying again", len(batch))
-            else:
-                retry_s = RETRY_FIRST_S
-                await asyncio.sleep(max(0.0, started_s + BATCH_INTERVAL_S - loop.time()))
+                results = await self._settle(batch)
+            except LedgerRefusedError as error:
+                # Halve until the one is alone; what is before it is written on the way.
+                items_max = max(1, len(batch) // 2)
+                if len(batch) == 1:
+                    self._put_aside(error)
+            except Exception as error:
+                # Whatever it was: nothing is forgotten, and only a refusal is about a settlement itself.
+                known = isinstance(error, LedgerError)
+                logger.warning("settling %d requests failed, trying again: %s", len(batch), error, exc_info=not known)
+                await asyncio.sleep(retry_s)
+                retry_s = min(retry_s * 2, RETRY_MAX_S)
                 continue
-            await asyncio.sleep(retry_s)
-            retry_s = min(retry_s * 2, RETRY_MAX_S)
+            else:
+                items_max = min(items_max * 2, BATCH_ITEMS_MAX)
+                self._acknowledge(batch, results)
+            retry_s = RETRY_FIRST_S
+            await asyncio.sleep(max(0.0, started_s + BATCH_INTERVAL_S - loop.time()))
 
-    async def _write(self, batch: Sequence[Settlement]) -> None:
-        """Write the head of the queue, and take from it what was written, from the left to the right."""
-        try:
-            results = await self._settle(batch)
-        except LedgerRefusedError as error:
-            if len(batch) == 1:
-                self.quarantined.append(self._queue.popleft())
-                logger.critical("settlement of request %s was refused and put aside: %s", batch[0].request_id, error)
-                return
-            middle = len(batch) // 2
-            await self._write(batch[:middle])
-            await self._write(batch[middle:])
-            return
+    def _put_aside(self, error: LedgerRefusedError) -> None:
+        refused = self._queue.popleft()
+        self.quarantined.append(refused)
+        logger.critical("settlement of request %s was refused and put aside: %s", refused.request_id, error)
+
+    def _acknowledge(self, batch: Sequence[Settlement], results: Sequence[Settled]) -> None:
         charged = {item.request_id for item in batch if item.state == "settled"}
         for _ in batch:
             self._queue.popleft()

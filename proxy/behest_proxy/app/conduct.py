@@ -31,7 +31,7 @@ from behest_proxy.actions import (
 )
 from behest_proxy.app.client_stream import ClientStream
 from behest_proxy.app.context import RequestContext
-from behest_proxy.errors import ShownError, UpstreamTimeout
+from behest_proxy.errors import ShownError
 from behest_proxy.exchange import Exchange, Phase
 from behest_proxy.sse import KEEP_ALIVE
 from behest_proxy.upstream import UpstreamCall, UpstreamFailure, UpstreamRequest
@@ -81,6 +81,7 @@ class Conduct:
         self._account: Account | None = None
         self._call: UpstreamCall | None = None
         self._client_left = False
+        self._stopped: tuple[Outcome, ShownError] | None = None
         self._credit_paused = False
         self._client_paused = False
         self._last_write_s = 0.0
@@ -115,13 +116,17 @@ class Conduct:
         self._exchange = self._make_exchange(self._grant)
         if self._client_left:
             self._perform(self._exchange.client_gone(self._loop.time()))
+        if self._stopped is not None:
+            self._perform(self._exchange.stop(*self._stopped, self._loop.time()))
         self._perform(self._exchange.admitted(answer, self._loop.time()))
         if self._exchange.phase is Phase.ENDED:
             self._gateway.ended(self)
 
     def stop(self, outcome: Outcome, error: ShownError) -> None:
-        """End the request from outside."""
-        if self._exchange is not None:
+        """End the request from outside, also while the ledger is still being asked."""
+        if self._exchange is None:
+            self._stopped = (outcome, error)
+        else:
             self._perform(self._exchange.stop(outcome, error, self._loop.time()))
 
     # --- the upstream call's handler ---------------------------------------------------------------------------
@@ -288,13 +293,9 @@ class Conduct:
         self._resume()
 
     def _on_stall(self) -> None:
-        error = UpstreamTimeout("the client read nothing for too long")
-        self._client.on_gone = None
-        if self._exchange is not None:
-            actions = self._exchange.client_gone(self._loop.time())
-            self._client.reset()
-            self._perform(actions)
-        logger.info("request %s: %s", self._context.request_id, error.message)
+        logger.info("request %s: the client read nothing for too long", self._context.request_id)
+        self._client.reset()
+        self._on_client_gone()
 
     # --- what happens meanwhile --------------------------------------------------------------------------------
 

@@ -1,0 +1,152 @@
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from behest_ledger.store.reports import BudgetState, TopRow, UsageTotal, budgets_of, top, usage_by_model_and_session
+from ledger.books import WHO, Books, granted, keep_books, settlement
+
+LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
+FAR_AHEAD = datetime(2100, 1, 1, tzinfo=UTC)
+
+
+async def spend(books: Books, output: int, **who: Any) -> None:
+    one, answer = await books.admit(need=output, **who)
+    granted(answer)
+    await books.settle(settlement(one, input=1, output=output))
+
+
+def test_top_shows_the_dearest_session_and_model_first_with_what_runs_now(dsn: str) -> None:
+    async def work(books: Books) -> None:
+        await spend(books, 5, session="s1")
+        await spend(books, 6, session="s1")
+        await spend(books, 30, session="s2", model="large")
+        await books.admit(session="s1")
+        await books.admit(session="s3", user="bob")
+        rows = await top(books.connection, since=LONG_AGO)
+        assert [(row.session_id, row.model, row.requests, row.live, row.amount_pico) for row in rows] == [
+            ("s2", "large", 1, 0, 303),
+            ("s1", "small", 2, 1, 116),
+            ("s3", "small", 0, 1, 0),
+        ]
+        now = datetime.now(UTC)
+        assert rows[1] == TopRow(
+            project_id="demo/shop", user_id="ann", session_id="s1", model="small", requests=2, input_tokens=2,
+            output_tokens=11, amount_pico=116, live=1, last_at=rows[1].last_at,
+        )  # fmt: skip
+        assert now - timedelta(minutes=1) < rows[1].last_at <= now + timedelta(minutes=1)
+        assert rows[:1] == await top(books.connection, since=LONG_AGO, limit=1)
+        # What ended before is left out, what runs is not.
+        assert [row.session_id for row in await top(books.connection, since=FAR_AHEAD)] == ["s3", "s1"]
+
+    keep_books(dsn, work)
+
+
+def test_top_counts_amounts_beyond_64_bits(dsn: str) -> None:
+    async def work(books: Books) -> None:
+        for _ in range(2):
+            one, _ = await books.admit()
+            await books.settle(settlement(one, output=9 * 10**17))
+        (row,) = await top(books.connection, since=LONG_AGO)
+        assert row.amount_pico == 18 * 10**18
+
+    keep_books(dsn, work)
+
+
+def test_top_shows_a_request_without_a_session_or_a_user(dsn: str) -> None:
+    async def work(books: Books) -> None:
+        await books.admit(session=None, user=None)
+        (row,) = await top(books.connection, since=LONG_AGO)
+        assert (row.user_id, row.session_id, row.live) == ("", "", 1)
+
+    keep_books(dsn, work)
+
+
+def test_usage_is_summed_by_model_session_and_whose_key_paid(dsn: str) -> None:
+    async def work(books: Books) -> None:
+        await spend(books, 5)
+        await spend(books, 6)
+        await spend(books, 7, user="bob")
+        await spend(books, 8, byok=True)
+        await spend(books, 9, project="demo/other")
+
+        async def usage(user_id: str | None = None, **between: datetime) -> list[UsageTotal]:
+            times: dict[str, Any] = {"begin": LONG_AGO, "end": FAR_AHEAD, **between}
+            found = await usage_by_model_and_session(
+                books.connection, tenant_id="acme", project_id="demo/shop", user_id=user_id, **times
+            )
+            return sorted(found, key=lambda one: one.amount_pico)
+
+        own = UsageTotal(
+            model="small", session_id="s1", byok=True, requests=1, input_tokens=1, output_tokens=8, amount_pico=83
+        )
+        assert await usage() == [
+            own,
+            UsageTotal(model="small", session_id="s1", byok=False, requests=3, input_tokens=3, output_tokens=18,
+                       amount_pico=189),
+        ]  # fmt: skip
+        assert [(one.byok, one.requests) for one in await usage("ann")] == [(True, 1), (False, 2)]
+        assert await usage("eve") == []
+        # The begin is in, the end is out.
+        first, last = await books.connection.fetchrow(
+            "SELECT min(ended_at), max(ended_at) FROM ledger.request WHERE project_id = 'demo/shop'"
+        )
+        assert sum(one.requests for one in await usage(begin=first, end=last)) == 3
+
+    keep_books(dsn, work)
+
+
+def test_a_budget_that_was_not_used_yet_shows_its_whole_limit(dsn: str) -> None:
+    async def work(books: Books) -> None:
+        await books.budget("life", 500, per=["user"], suspended=True)
+        await books.budget("month", 10**25, period="month", enforcement="soft")
+        await books.budget("roll", 7, unit="requests", period="hour", alignment="rolling")
+        life, month, roll = await budgets_of(books.connection, "acme", WHO)
+        assert life == BudgetState(
+            budget="demo/life", unit="usd", limit="500", spent="0", held="0", remaining="500", period="lifetime",
+            enforcement="hard", suspended=True, resets_at=None,
+        )  # fmt: skip
+        assert (month.limit, month.remaining, month.enforcement) == (str(10**25), str(10**25), "soft")
+        assert month.resets_at is not None
+        assert month.resets_at.day == 1
+        # A rolling window begins with its first request: until then nobody knows when it ends.
+        assert (roll.remaining, roll.resets_at) == ("7", None)
+
+    keep_books(dsn, work)
+
+
+def test_the_budgets_of_somebody_show_the_balances_of_the_current_window(dsn: str) -> None:
+    async def work(books: Books) -> None:
+        await books.budget("day", 500, per=["user"], period="day")
+        await spend(books, 20)
+        await books.age("day", "1 day")
+        await spend(books, 4)
+        await books.admit(need=5)
+        await spend(books, 9, user="bob")
+        (state,) = await budgets_of(books.connection, "acme", WHO)
+        assert (state.spent, state.held, state.remaining) == ("43", "50", "407")
+        (state,) = await budgets_of(books.connection, "acme", {**WHO, "user": "new"})
+        assert (state.spent, state.remaining) == ("0", "500")
+        await books.budget("day", 60, per=["user"], period="day")
+        (state,) = await budgets_of(books.connection, "acme", WHO)
+        assert (state.limit, state.remaining) == ("60", "0")
+
+    keep_books(dsn, work)
+
+
+def test_only_an_attribute_that_is_given_and_does_not_fit_leaves_a_budget_out(dsn: str) -> None:
+    async def work(books: Books) -> None:
+        await books.budget("all", 1)
+        await books.budget("bob", 1, scope={"user": "bob"})
+        await books.budget("large", 1, scope={"model": "large%"})
+        await books.budget("web", 1, labels={"app": "web"})
+        await books.budget("other", 1, tenant="other")
+
+        async def names(**who: Any) -> list[str]:
+            return [state.budget for state in await budgets_of(books.connection, "acme", who)]
+
+        assert await names(user="ann") == ["demo/all", "demo/large"]
+        assert await names(user="bob", model="small") == ["demo/all", "demo/bob"]
+        assert await names(user="ann", model="small", labels={"app": "web"}) == ["demo/all", "demo/web"]
+        await books.connection.execute("UPDATE ledger.budget SET deleted_at = now() WHERE name = 'all'")
+        assert await names(user="ann", model="small") == []
+
+    keep_books(dsn, work)

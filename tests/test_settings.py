@@ -1,0 +1,93 @@
+"""The sidecar's settings: each one documented, each one read from its variable, each error naming it."""
+
+import ast
+import inspect
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import behest_proxy.app.settings as module
+from behest_proxy.app.settings import Settings, SettingsError, from_environment
+
+REQUIRED = {"BEHEST_DATABASE_URL": "postgresql://localhost/behest", "BEHEST_SIGNING_KEY_FILE": "/keys/signing.pem"}
+NAMES = [field.name for field in fields(Settings)]
+
+
+def variable_of(name: str) -> str:
+    return "BEHEST_" + name.upper()
+
+
+def kind_of(name: str) -> str:
+    return str(next(field.type for field in fields(Settings) if field.name == name))
+
+
+def sample_of(name: str) -> tuple[str, Any]:
+    """A text for the variable and the value that it means."""
+    kind = kind_of(name)
+    if "Path" in kind:
+        return "/some/file", Path("/some/file")
+    if "int" in kind:
+        return "123456", 123456
+    if "float" in kind:
+        return "2.5", 2.5
+    return "some text", "some text"
+
+
+def documented() -> set[str]:
+    """The fields with a docstring right below them."""
+    tree = ast.parse(inspect.getsource(module))
+    (settings,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Settings")
+    found: set[str] = set()
+    for field, below in zip(settings.body, settings.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
+            found.add(field.target.id)
+    return found
+
+
+def test_every_setting_is_documented() -> None:
+    assert documented() == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_setting_is_read_from_its_variable(name: str) -> None:
+    text, value = sample_of(name)
+    partners = {variable_of(other): "/pair" for other in NAMES if other.startswith("tls_")} if "tls_" in name else {}
+    settings = from_environment({**REQUIRED, **partners, variable_of(name): f" {text} "})
+    assert getattr(settings, name) == value
+
+
+def test_blank_is_the_same_as_not_set() -> None:
+    blank = {variable_of(name): " " for name in NAMES if variable_of(name) not in REQUIRED}
+    assert from_environment({**REQUIRED, **blank}) == from_environment(REQUIRED)
+
+
+@pytest.mark.parametrize("variable", sorted(REQUIRED))
+def test_a_missing_setting_is_named_with_its_meaning(variable: str) -> None:
+    with pytest.raises(SettingsError, match=rf"{variable} is not set: the "):
+        from_environment({name: text for name, text in REQUIRED.items() if name != variable})
+
+
+NUMBERS = [name for name in NAMES if kind_of(name).find("int") >= 0 or kind_of(name).find("float") >= 0]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("text", ["many", "1,5", "10MB"])
+def test_a_malformed_number_is_named(name: str, text: str) -> None:
+    with pytest.raises(SettingsError, match=variable_of(name)):
+        from_environment({**REQUIRED, variable_of(name): text})
+
+
+@pytest.mark.parametrize("name", ["tls_cert_file", "tls_key_file"])
+def test_half_of_a_pair_is_an_error_that_names_both(name: str) -> None:
+    with pytest.raises(SettingsError, match="BEHEST_TLS_CERT_FILE and BEHEST_TLS_KEY_FILE"):
+        from_environment({**REQUIRED, variable_of(name): "/pair"})
+
+
+def test_the_environment_of_the_process_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in NAMES:
+        monkeypatch.delenv(variable_of(name), raising=False)
+    for variable, text in REQUIRED.items():
+        monkeypatch.setenv(variable, text)
+    assert from_environment() == from_environment(REQUIRED)
