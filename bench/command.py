@@ -3,6 +3,7 @@
 import argparse
 import os
 import platform
+import signal
 import sys
 import tempfile
 import time
@@ -43,6 +44,8 @@ def main() -> int:
     if not sys.platform.startswith("linux"):
         print("bench: needs Linux: it reads /proc and the CPU clocks of processes", file=sys.stderr)
         return 1
+    for number in (signal.SIGINT, signal.SIGTERM):  # whoever stops us, what we started must stop too
+        signal.signal(number, signal.default_int_handler)
     started_s = time.monotonic()
 
     def say(text: str) -> None:

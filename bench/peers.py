@@ -5,7 +5,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -149,7 +148,7 @@ def _running(command: list[str], log: Path) -> Generator[subprocess.Popen[bytes]
         try:
             yield process
         finally:
-            process.send_signal(signal.SIGINT)
+            process.terminate()
             try:
                 process.wait(_STOP_S)
             except subprocess.TimeoutExpired:

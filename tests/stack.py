@@ -34,7 +34,7 @@ _BEHEST = [sys.executable, "-I", "-m", "behest_proxy.cli.main"]
 _numbers = count(1)
 
 
-def wait_until(is_so: Callable[[], Any], *, timeout_s: float = 10.0, what: str = "it") -> Any:
+def wait_until(is_so: Callable[[], Any], *, timeout_s: float = 30.0, what: str = "it") -> Any:
     """Poll until something is true, and return it. Fails loudly, never silently, when it does not come."""
     deadline_s = time.monotonic() + timeout_s
     while time.monotonic() < deadline_s:

@@ -6,7 +6,7 @@ import pytest
 
 from behest_ledger.store import holds
 from behest_ledger.store.errors import LedgerConflictError, LedgerRefusedError
-from ledger.books import Books, granted, keep_books, new_id, refused, settlement
+from ledger.books import Books, admission, granted, keep_books, new_id, refused, settlement
 
 
 def test_what_was_used_is_spent_and_the_rest_is_free_again(dsn: str) -> None:
@@ -182,6 +182,21 @@ def test_postings_and_usage_lines_are_only_ever_inserted(dsn: str, table: str, c
             await books.connection.execute(change.format(table, "_pico" if table == "usage_line" else ""))
 
     keep_books(dsn, work)
+
+
+def test_room_that_somebody_is_taking_at_the_same_moment_is_no_room(dsn: str) -> None:
+    async def work(books: Books) -> None:
+        await books.budget("money", 100)
+        first, _ = await books.admit(need=5)
+        async with books.connection.acquire() as other, other.transaction():
+            granted(await holds.admit(other, admission(need=5)))
+            settling = asyncio.create_task(books.settle(settlement(first, output=8)))
+            await asyncio.sleep(0.1)
+            assert not settling.done()
+        assert await settling == ["settled!"]
+        assert await books.balances("money") == (50, 50, 30, 1)
+
+    keep_books(dsn, work, connections=2)
 
 
 def test_a_void_and_its_admission_at_the_same_moment_wait_for_each_other_and_never_both_lose(dsn: str) -> None:

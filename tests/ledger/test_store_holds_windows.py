@@ -113,6 +113,19 @@ def test_the_first_requests_of_a_new_subject_all_get_the_same_window_and_all_tha
     keep_books(dsn, work, connections=8)
 
 
+@pytest.mark.parametrize("alignment", ["rolling", "calendar"])
+def test_the_first_requests_after_the_end_of_a_window_all_get_the_same_new_one(dsn: str, alignment: str) -> None:
+    async def work(books: Books) -> None:
+        await books.budget("hours", 200, period="hour", alignment=alignment)
+        for again in (3, 2, 1):
+            answers = await asyncio.gather(*(books.admit(need=1) for _ in range(40)))
+            assert sum(isinstance(answer, Granted) for _, answer in answers) == 20
+            await books.age("hours", f"{again} hour")
+        assert [window.held for window in await books.windows("hours")] == [200] * 3
+
+    keep_books(dsn, work, connections=8)
+
+
 def test_many_new_subjects_at_once_get_one_window_each(dsn: str) -> None:
     async def work(books: Books) -> None:
         await books.budget("a", 20, per=["user"], period="hour", alignment="rolling")

@@ -576,7 +576,7 @@ def test_bytes_that_break_the_rules_fail_every_call_of_that_connection(garbage: 
     run(main)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.binary(min_size=30, max_size=300), st.booleans())
 def test_any_garbage_ends_in_one_terminal_call(garbage: bytes, framed: bool) -> None:
     async def main() -> None:
@@ -622,7 +622,7 @@ def test_a_flood_of_pings_from_a_peer_that_does_not_read_is_cut() -> None:
             handler, _ = start(client, a_request(server.url))
             await handler.begun.wait()
             flood = frame(6, 0, 0, b"12345678") * 10_000
-            for _ in range(200):
+            for _ in range(2000):  # how often depends on the kernel and on who else runs
                 if handler.over.is_set():
                     break
                 server.peer.raw(flood)

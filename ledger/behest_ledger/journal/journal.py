@@ -7,6 +7,7 @@ import contextlib
 import logging
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Self
 from uuid import UUID
 
 from behest_ledger.journal import records
@@ -22,6 +23,9 @@ logger = logging.getLogger(__name__)
 
 SEGMENTS_KEPT = 2
 """Closed segments that are left to finish by themselves; what is live in older ones is carried over."""
+
+_BEGINNINGS = (Admitted, Ended)
+"""A request is live from one of these on."""
 
 
 class _Live:
@@ -72,6 +76,8 @@ class Journal:
         """Per segment, ascending: the requests whose oldest frame it has. The last one is written to."""
         self._last_number = 0
         self._left: dict[UUID, Unfinished] = {}
+        self._carry_credit_bytes = 0
+        """How much may be carried over: what is not used at once is saved up for a larger request."""
         self._closed = False
 
     @classmethod
@@ -122,7 +128,7 @@ class Journal:
             self._table = None
         self._folder.close()
 
-    def __enter__(self) -> "Journal":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -145,20 +151,18 @@ class Journal:
         """
         request_id = record.request_id
         live = self._live.get(request_id)
-        finishes = isinstance(record, Acknowledged)
-        if live is None and not isinstance(record, Admitted | Ended):
-            if finishes:
+        if live is None and not isinstance(record, _BEGINNINGS):
+            if isinstance(record, Acknowledged):
                 self._finish(request_id)
             return  # nothing here needs it
-        try:
-            frame = records.encode(record)
-            self._write(frame)
-        finally:
-            if finishes:
+        frame = records.encode(record)
+        if isinstance(record, Acknowledged):
+            try:
+                self._write(frame, request_id)
+            finally:
                 self._finish(request_id)
-        if finishes:
             return
-        live = self._live.get(request_id)
+        self._write(frame, request_id)
         if live is None:
             number = self._last_number
             live = self._live[request_id] = _Live(number)
@@ -169,7 +173,7 @@ class Journal:
         """Whether it is writable, tried where it was not. Call it now and then while it is not."""
         if not self.writable:
             with contextlib.suppress(JournalError):
-                self._write(records.PAD)
+                self._write(records.PAD, None)
         return self.writable
 
     def sync(self) -> None:
@@ -238,6 +242,7 @@ class Journal:
         self._last_number += 1
         number = self._last_number
         older = list(self._pins)
+        self._segments.close()  # also after a failed sync: what is written here replaces it
         self._segments.sync_failed = False
         try:
             self._segments.begin(number)
@@ -257,15 +262,28 @@ class Journal:
         for old in older:
             self._segments.drop(old)
         self._segments.write_failed = False
-        self._segments.sync()
+        with contextlib.suppress(JournalError):  # it only removes them; the next sync tries again
+            self._segments.sync()
 
-    def _write(self, frame: bytes) -> None:
-        if self._segments.sync_failed or not self._segments.is_open:
+    def _write(self, frame: bytes, request_id: UUID | None) -> None:
+        """Write the frame of a request, and carry over a little of what others have in old segments."""
+        segments = self._segments
+        if segments.sync_failed or not segments.is_open:
             self._begin()
-        size_bytes = self._segments.size_bytes
+        moved: list[UUID] = []
+        if len(self._pins) > SEGMENTS_KEPT + 1:
+            frame, moved = self._with_carried(frame, request_id)
+        size_bytes = segments.size_bytes
         if size_bytes and size_bytes + len(frame) > self._segment_bytes_max:
             self._rotate()
-        self._segments.write(frame)
+        segments.write(frame)
+        if moved:
+            for one in moved:
+                live = self._live[one]
+                del self._pins[live.segment][one]
+                live.segment = self._last_number
+                self._pins[self._last_number][one] = None
+            self._collect()
 
     def _rotate(self) -> None:
         """Begin the next segment, and empty old ones into it where they do not become empty by themselves."""
@@ -277,34 +295,28 @@ class Journal:
         self._segments.begin(self._last_number + 1)
         self._last_number += 1
         self._pins[self._last_number] = {}
-        # At most half of it, so that a segment always takes new records as well.
-        self._carry_over(self._segment_bytes_max // 2)
         self._collect()
 
-    def _carry_over(self, bytes_max: int) -> None:
-        """Write requests of the oldest segments again, the oldest first, one of them in any case."""
-        frames: list[bytes] = []
-        moved: list[UUID] = []
-        size_bytes = 0
-        for request_id in self._in_old_segments():
-            one = self._live[request_id].frames()
-            if moved and size_bytes + len(one) > bytes_max:
-                break
-            frames.append(one)
-            moved.append(request_id)
-            size_bytes += len(one)
-        if not moved:
-            return
-        self._segments.write(b"".join(frames))
-        for request_id in moved:
-            live = self._live[request_id]
-            del self._pins[live.segment][request_id]
-            live.segment = self._last_number
-            self._pins[self._last_number][request_id] = None
+    def _with_carried(self, frame: bytes, request_id: UUID | None) -> tuple[bytes, list[UUID]]:
+        """A frame with frames of other requests out of the oldest segment: in all no more than were written new.
 
-    def _in_old_segments(self) -> Iterable[UUID]:
-        for number in list(self._pins)[: -SEGMENTS_KEPT - 1]:
-            yield from self._pins[number]
+        A little with each record, because all at once the streams would stand still meanwhile.
+        """
+        self._carry_credit_bytes += len(frame)
+        frames = [frame]
+        moved: list[UUID] = []
+        for one in self._pins[next(iter(self._pins))]:
+            if one == request_id:
+                continue
+            carried = self._live[one].frames()
+            if len(carried) > self._carry_credit_bytes:
+                break
+            self._carry_credit_bytes -= len(carried)
+            frames.append(carried)
+            moved.append(one)
+        else:
+            self._carry_credit_bytes = 0
+        return b"".join(frames), moved
 
     def _finish(self, request_id: UUID) -> None:
         slot = None if self._table is None else self._table.taken(request_id)

@@ -113,7 +113,7 @@ PAD = frame(bytes(2048))
 """A frame that means nothing, as large as a large record: to see whether the disk takes one."""
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(Record)
+_decoder: msgspec.msgpack.Decoder[Record] = msgspec.msgpack.Decoder(Record)
 
 
 def encode(record: Record) -> bytes:

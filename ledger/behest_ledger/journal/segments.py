@@ -85,13 +85,15 @@ class Segments:
         """
         with self._one_sync:
             with self._lock:
-                retired, self._retired = self._retired, []
-                current = os.dup(self._descriptor) if self.is_open else None
-                other = os.dup(also) if also is not None else None
+                descriptors, self._retired = self._retired, []
                 dropped = tuple(self._dropped)
                 names_changed, self._names_changed = self._names_changed, False
-            descriptors = [*retired, *(one for one in (current, other) if one is not None)]
+                current = os.dup(self._descriptor) if self.is_open else _CLOSED
+            if current != _CLOSED:
+                descriptors.append(current)
             try:
+                if also is not None:
+                    descriptors.append(os.dup(also))
                 for descriptor in descriptors:
                     sync_data(descriptor)
                 if names_changed:

@@ -193,4 +193,3 @@ def read_slots(data: bytes) -> tuple[list[tuple[UUID, Progress]], int]:
         )
         found.append((UUID(int=words[_ID_UPPER] << 64 | words[_ID_LOWER]), progress))
     return found, bad
-

@@ -1,0 +1,157 @@
+"""How long after a client's reset the provider sees the cancel, through the whole sidecar.
+
+Both clocks are CLOCK_MONOTONIC, which all processes of a Linux machine share: the client stamps its reset, the
+simulator the moment in which RST_STREAM or the end of the connection arrives.
+"""
+
+import asyncio
+import json
+import time
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, cast
+from urllib.parse import urlsplit
+
+from h2.config import H2Configuration
+from h2.connection import H2Connection
+from h2.errors import ErrorCodes
+from h2.events import DataReceived, ResponseReceived
+
+Wire = Literal["h2", "h1"]
+STREAMS = 200
+AT_ONCE = 20
+CHUNKS_BEFORE = 5
+_BODY = json.dumps(
+    {
+        "model": "gpt-4o-mini",
+        "stream": True,
+        "messages": [{"role": "user", "content": "Say something that takes a while."}],
+        "sim": {"output_tokens": 100_000, "chunk_interval_ms": 20},
+    }
+).encode()
+
+
+@dataclass(frozen=True)
+class Latencies:
+    """Milliseconds from reset to cancel, sorted."""
+
+    wire: Wire
+    sorted_ms: list[float]
+
+    def at(self, share: float) -> float:
+        """The latency that this share of the streams does not exceed."""
+        return self.sorted_ms[min(len(self.sorted_ms) - 1, int(share * len(self.sorted_ms)))]
+
+    def line(self) -> str:
+        """The figure's last line."""
+        return (
+            f"cancel-{self.wire}: p50 {self.at(0.5):.1f} ms, p99 {self.at(0.99):.1f} ms, "
+            f"most {self.sorted_ms[-1]:.1f} ms, over {len(self.sorted_ms)} streams"
+        )
+
+
+class _Http2(asyncio.Protocol):
+    """One stream on a connection of its own, reset after some events."""
+
+    def __init__(self, authority: str, token: str) -> None:
+        self._authority, self._token = authority, token
+        self._h2 = H2Connection(H2Configuration(client_side=True))
+        self.done: asyncio.Future[tuple[str, int]] = asyncio.get_running_loop().create_future()
+        self._request_id = ""
+        self._events = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Ask."""
+        self._transport = cast("asyncio.Transport", transport)
+        self._h2.initiate_connection()
+        headers = [
+            (":method", "POST"),
+            (":scheme", "http"),
+            (":authority", self._authority),
+            (":path", "/v1/chat/completions"),
+            ("authorization", f"Bearer {self._token}"),
+            ("content-type", "application/json"),
+        ]
+        self._h2.send_headers(1, headers)
+        self._h2.send_data(1, _BODY, end_stream=True)
+        self._transport.write(self._h2.data_to_send())
+
+    def data_received(self, data: bytes) -> None:
+        """Read some events, then reset."""
+        for event in self._h2.receive_data(data):
+            if isinstance(event, ResponseReceived):
+                found = dict(event.headers or [])
+                self._request_id = cast("bytes", found[b"x-request-id"]).decode()
+            elif isinstance(event, DataReceived):
+                self._h2.acknowledge_received_data(event.flow_controlled_length or 0, 1)
+                self._events += (event.data or b"").count(b"data: ")
+        if self._events >= CHUNKS_BEFORE and not self.done.done():
+            self._h2.reset_stream(1, ErrorCodes.CANCEL)
+            self.done.set_result((self._request_id, time.monotonic_ns()))
+        self._transport.write(self._h2.data_to_send())
+
+    def close(self) -> None:
+        """Close the connection, long after the stream was reset."""
+        self._transport.close()
+
+
+class _Http1(asyncio.Protocol):
+    """One stream on a connection of its own, closed after some events."""
+
+    def __init__(self, authority: str, token: str) -> None:
+        self._authority, self._token = authority, token
+        self.done: asyncio.Future[tuple[str, int]] = asyncio.get_running_loop().create_future()
+        self._read = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Ask."""
+        self._transport = cast("asyncio.Transport", transport)
+        self._transport.write(
+            f"POST /v1/chat/completions HTTP/1.1\r\nhost: {self._authority}\r\nauthorization: Bearer {self._token}\r\n"
+            f"content-type: application/json\r\ncontent-length: {len(_BODY)}\r\n\r\n".encode()
+            + _BODY
+        )
+
+    def data_received(self, data: bytes) -> None:
+        """Read some events, then close."""
+        self._read += data
+        if self._read.count(b"data: ") >= CHUNKS_BEFORE and not self.done.done():
+            _, _, after = self._read.lower().partition(b"x-request-id: ")
+            self._transport.abort()
+            self.done.set_result((after[:36].decode(), time.monotonic_ns()))
+
+    def close(self) -> None:
+        """It is closed."""
+
+
+async def measure(wire: Wire, base_url: str, upstream_url: str, token: str, say: Callable[[str], None]) -> Latencies:
+    """Reset `STREAMS` streams, `AT_ONCE` at a time, and ask the simulator when it saw each."""
+    address = urlsplit(base_url)
+    loop = asyncio.get_running_loop()
+    stamps: dict[str, int] = {}
+    say(f"cancel-{wire}: {STREAMS} streams, {AT_ONCE} at a time")
+
+    async def one() -> None:
+        made = _Http2 if wire == "h2" else _Http1
+        _, client = await loop.create_connection(
+            lambda: made(address.netloc, token), address.hostname or "", address.port or 80
+        )
+        request_id, at_ns = await client.done
+        stamps[request_id] = at_ns
+        await asyncio.sleep(0.2)
+        client.close()
+
+    for _ in range(STREAMS // AT_ONCE):
+        await asyncio.gather(*(one() for _ in range(AT_ONCE)))
+    seen = await asyncio.to_thread(_seen, upstream_url)
+    missing = [request_id for request_id in stamps if seen.get(request_id) is None]
+    if missing:
+        raise RuntimeError(f"the provider never saw the cancel of {len(missing)} streams")
+    return Latencies(wire, sorted((cast("int", seen[key]) - at_ns) / 1e6 for key, at_ns in stamps.items()))
+
+
+def _seen(upstream_url: str) -> dict[str, int | None]:
+    url = upstream_url.rstrip("/").removesuffix("/v1") + "/sim/requests?limit=10000"
+    with urllib.request.urlopen(url) as answer:
+        return {row["id"]: row["cancelled_monotonic_ns"] for row in json.load(answer)}
