@@ -66,7 +66,7 @@ down: ## stop what `make up` started; the data stay
 install-dev: $(VENV)/.installed-dev ## make .venv with everything that the tests and checks need
 
 test: $(VENV)/.installed-dev ## run every test that needs no cluster and no browser
-	@$(BIN)/python -Im pytest $(ARGS)
+	@$(BIN)/python -Im pytest -n 2 --dist loadfile $(ARGS)
 
 check: $(VENV)/.installed-dev ## lint, format, types, architecture, tests: what CI runs
 	$(BIN)/ruff check .
@@ -74,7 +74,7 @@ check: $(VENV)/.installed-dev ## lint, format, types, architecture, tests: what 
 	$(BIN)/mypy
 	$(BIN)/pyright
 	$(BIN)/lint-imports
-	$(BIN)/python -Im pytest $(ARGS)
+	$(BIN)/python -Im pytest -n 2 --dist loadfile $(ARGS)
 
 bench: $(VENV)/.installed-bench ## measure the figures of the README
 	@$(BIN)/python $(BENCH) $(ARGS)

@@ -19,6 +19,7 @@ from h2.errors import ErrorCodes
 from h2.events import DataReceived, ResponseReceived
 
 Wire = Literal["h2", "h1"]
+WIRES: tuple[Wire, ...] = ("h2", "h1")
 STREAMS = 200
 AT_ONCE = 20
 CHUNKS_BEFORE = 5

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import uvloop
-from bench import chunk
+from bench import cancel, chunk
 from bench.answers import BrokenAnswer
 from bench.peers import Peer, PeerError, behest, envoy, envoy_version, simulator
 
@@ -23,6 +23,8 @@ figures:
   chunk   CPU per forwarded chunk and per request. Behest (authentication, metering, budgets and ledger on)
           against Envoy (a plain pass-through with one worker), over HTTP/2 and HTTP/1.1, with 20 and 200 streams.
           Before the two stands the same load, behind them the same simulator (HTTP/1.1). They take turns.
+  cancel  milliseconds from a client's reset to the moment in which the provider sees the cancel, over 200 streams,
+          over HTTP/2 and HTTP/1.1.
 """
 _EPILOG = """\
 examples:
@@ -53,7 +55,7 @@ def main() -> int:
 
     try:
         with tempfile.TemporaryDirectory(prefix="behest-bench-", ignore_cleanup_errors=True) as folder:
-            return _chunk(arguments, Path(folder), say)
+            return _figures(arguments, Path(folder), say)
     except (PeerError, BrokenAnswer) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
@@ -68,7 +70,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("figure", nargs="?", default="chunk", choices=["chunk"], help="what to measure (default: all)")
+    parser.add_argument(
+        "figure", nargs="?", default="all", choices=["all", "chunk", "cancel"], help="what to measure (default: all)"
+    )
     effort = parser.add_mutually_exclusive_group()
     effort.add_argument("--quick", action="store_true", help="under 60 seconds, less exact")
     effort.add_argument("--thorough", action="store_true", help="longer answers, more turns")
@@ -78,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _chunk(arguments: argparse.Namespace, folder: Path, say: Callable[[str], None]) -> int:
+def _figures(arguments: argparse.Namespace, folder: Path, say: Callable[[str], None]) -> int:
     effort = chunk.QUICK if arguments.quick else chunk.THOROUGH if arguments.thorough else chunk.DEFAULT
     cases = chunk.CASES
     if arguments.case:
@@ -89,10 +93,21 @@ def _chunk(arguments: argparse.Namespace, folder: Path, say: Callable[[str], Non
     with simulator(folder) as (upstream_url, simulator_pid):
         say("starting behest (PostgreSQL, ledger, sidecar)")
         with behest(folder, upstream_url, tokens=chunk.TOKENS) as ours:
+            latencies = []
+            if arguments.figure != "chunk":
+                for wire in cancel.WIRES:
+                    work = cancel.measure(wire, ours.base_url, upstream_url, ours.tokens[0], say)
+                    latencies.append(uvloop.run(work))
+            if arguments.figure == "cancel":
+                cases = []
             say(f"starting envoy {envoy_version()}")
             with envoy(folder, upstream_url, tokens=chunk.TOKENS) as theirs:
                 results = uvloop.run(_cases(cases, effort, [ours, theirs], simulator_pid, say))
     print()
+    for latency in latencies:
+        print(latency.line())
+    if not cases:
+        return 0
     print(chunk.table(results))
     print()
     for warning in _warnings(results):

@@ -38,10 +38,11 @@ def test_the_database_reads_the_month_of_an_id_as_we_wrote_it(dsn: str) -> None:
     }
 
     async def work(books: Books) -> None:
-        # The month is that of UTC, whatever zone the session has.
-        await books.connection.execute("SET TIME ZONE 'Pacific/Kiritimati'")
-        for moment, month in months.items():
-            made = request_id(round(moment.timestamp() * 1000), 5)
-            assert await books.connection.fetchval("SELECT ledger.month_of_v1($1)::text", made) == month
+        async with books.connection.acquire() as connection:
+            # The month is that of UTC, whatever zone the session has.
+            await connection.execute("SET TIME ZONE 'Pacific/Kiritimati'")
+            for moment, month in months.items():
+                made = request_id(round(moment.timestamp() * 1000), 5)
+                assert await connection.fetchval("SELECT ledger.month_of_v1($1)::text", made) == month
 
     keep_books(dsn, work)

@@ -2,6 +2,7 @@
 
 import asyncio
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 
@@ -12,8 +13,8 @@ from ledger.books import Books, granted, keep_books, refused, settlement, total
 Bounds = tuple[datetime, datetime | None]
 
 
-async def bounds(books: Books, period: str, alignment: str, zone: str, at: str) -> Bounds:
-    row = await books.connection.fetchrow(
+async def bounds(connection: Any, period: str, alignment: str, zone: str, at: str) -> Bounds:
+    row = await connection.fetchrow(
         "SELECT * FROM ledger.window_bounds_v1($1, $2, $3, $4::text::timestamptz)", period, alignment, zone, at
     )
     return row["starts_at"], row["ends_at"]
@@ -56,12 +57,14 @@ BOUNDS = [
 
 def test_the_bounds_of_windows(dsn: str) -> None:
     async def work(books: Books) -> None:
-        # Whatever zone the session happens to have.
-        await books.connection.execute("SET TIME ZONE 'America/Los_Angeles'")
-        for period, alignment, zone, at, starts, ends in BOUNDS:
-            found = await bounds(books, period, alignment, zone, at)
-            assert found == (moment(starts), moment(ends)), (period, alignment, zone, at)
-        assert await bounds(books, "lifetime", "calendar", "UTC", BOUNDS[0][3]) == (moment(BOUNDS[0][3]), None)
+        async with books.connection.acquire() as connection:
+            # Whatever zone the session happens to have.
+            await connection.execute("SET TIME ZONE 'America/Los_Angeles'")
+            for period, alignment, zone, at, starts, ends in BOUNDS:
+                found = await bounds(connection, period, alignment, zone, at)
+                assert found == (moment(starts), moment(ends)), (period, alignment, zone, at)
+            lifetime = await bounds(connection, "lifetime", "calendar", "UTC", BOUNDS[0][3])
+            assert lifetime == (moment(BOUNDS[0][3]), None)
 
     keep_books(dsn, work)
 

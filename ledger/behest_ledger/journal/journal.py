@@ -106,7 +106,7 @@ class Journal:
         if held.moved_aside is not None:
             logger.warning("another version's journal was put aside, unread: %s", held.moved_aside)
         if journal.damage:
-            logger.warning("the journal %s is damaged: %s", folder, journal.damage)
+            logger.warning("not all of the journal %s could be used: %s", folder, journal.damage)
         try:
             journal._begin()
         except JournalError as error:

@@ -65,7 +65,7 @@ class Http2Stream(ServedRequest):
             return
         window.outbound_flow_control_window -= size
         machine.outbound_flow_control_window -= size
-        self._connection.transport.write(b"%b%b%b" % (size.to_bytes(3, "big"), self._frame_rest, data))
+        self._connection.send_soon(size.to_bytes(3, "big") + self._frame_rest, data)
         if not window.outbound_flow_control_window or not machine.outbound_flow_control_window:
             self.pause()
 
@@ -114,7 +114,8 @@ class Http2Stream(ServedRequest):
         del self._pending[:size]
         window.outbound_flow_control_window -= size
         machine.outbound_flow_control_window -= size
-        self._connection.transport.write(b"%b%b%b" % (size.to_bytes(3, "big"), self._frame_rest, payload))
+        self._connection.send_soon(size.to_bytes(3, "big") + self._frame_rest, payload)
+        self._connection.flush()  # so that a full socket pauses the stream before its next piece
         return True
 
     def received(self, data: bytes, *, window_bytes: int) -> None:

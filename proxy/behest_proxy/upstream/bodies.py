@@ -86,6 +86,12 @@ class ChunkedReader:
 
     def feed(self, data: bytes) -> bytes:
         """The payload bytes in `data`, of all its chunks together. Raises MalformedBody."""
+        if not (self._remaining or self._line or self._expects_crlf or self._in_trailers) and data[-2:] == b"\r\n":
+            # Nearly every read is one whole chunk.
+            found = data.find(b"\r\n")
+            line = data[:found]
+            if 0 < found < 8 and not line.strip(_HEX) and int(line, 16) == len(data) - found - 4 > 0:
+                return data[found + 2 : -2]
         if self._line:
             data = self._line + data
             self._line = b""
