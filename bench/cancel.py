@@ -83,7 +83,7 @@ class _Http2(asyncio.Protocol):
         for event in self._h2.receive_data(data):
             if isinstance(event, ResponseReceived):
                 found = dict(event.headers or [])
-                self._request_id = cast("bytes", found[b"x-request-id"]).decode()
+                self._request_id = found[b"x-request-id"].decode()
             elif isinstance(event, DataReceived):
                 self._h2.acknowledge_received_data(event.flow_controlled_length or 0, 1)
                 self._events += (event.data or b"").count(b"data: ")

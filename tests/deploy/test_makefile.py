@@ -130,7 +130,9 @@ def test_packages_are_installed_again_only_when_the_project_file_changed(machine
 
 def test_tests_run_isolated_from_the_working_folder(machine: Machine) -> None:
     machine.python("python3")
-    assert machine.make("test", "ARGS=-k budget").stdout.splitlines()[-1] == "python -Im pytest -k budget"
+    *_, command = machine.make("test", "ARGS=-k budget").stdout.splitlines()
+    assert command.startswith("python -Im pytest ")
+    assert command.endswith(" -k budget")
 
 
 def test_a_failing_network_is_named_and_tried_again_next_time(machine: Machine) -> None:

@@ -30,10 +30,11 @@ from behest_ledger.configuration.records import BudgetRecord
 from behest_ledger.configuration.snapshot import Configuration, configuration_of
 from behest_ledger.configuration.state import ConfigurationState, StoredBudget, StoredSpec
 from behest_ledger.configuration.status import BudgetStatus, SubjectStatus, spare_amount
-from behest_ledger.store.errors import mapped
+from behest_ledger.store.errors import LedgerConflictError, mapped
 from behest_ledger.store.pool import Connection, connect
 
 _LOCK_KEY = 0x6265_6863  # "behc": one change of the configuration at a time per database
+_ATTEMPTS_MAX = 5
 
 _READ_PROJECTS = """
 SELECT tenant_id, namespace, name, spec::text AS spec FROM ledger.project
@@ -133,17 +134,33 @@ async def apply_manifests(
     the namespace's own name. Raises `InvalidManifestsError`.
     """
     async with connected(dsn_or_connection) as connection:
-        with mapped():
-            async with connection.transaction():
-                await connection.execute("SELECT pg_advisory_xact_lock($1)", _LOCK_KEY)
-                current = await read_state(connection, None)
-                tenants = tenants_of_namespaces(current, manifests, default_tenant=default_tenant)
-                planned = plan(current, manifests, tenant_of_namespace=tenants)
-                if dry_run:
-                    await _check_time_zones(connection, planned)
-                else:
-                    await apply_plan(connection, planned)
-    return ApplyReport(outcomes=planned.outcomes, warnings=planned.warnings, dry_run=dry_run)
+        attempts_left = _ATTEMPTS_MAX
+        while True:
+            try:
+                planned = await _plan_and_apply(connection, manifests, default_tenant, dry_run=dry_run)
+            except LedgerConflictError:
+                # Several budgets are locked one after the other, and live requests lock them in their own order.
+                attempts_left -= 1
+                if not attempts_left:
+                    raise
+            else:
+                return ApplyReport(outcomes=planned.outcomes, warnings=planned.warnings, dry_run=dry_run)
+
+
+async def _plan_and_apply(
+    connection: Connection, manifests: Sequence[Manifest], default_tenant: str | None, *, dry_run: bool
+) -> Plan:
+    with mapped():
+        async with connection.transaction():
+            await connection.execute("SELECT pg_advisory_xact_lock($1)", _LOCK_KEY)
+            current = await read_state(connection, None)
+            tenants = tenants_of_namespaces(current, manifests, default_tenant=default_tenant)
+            planned = plan(current, manifests, tenant_of_namespace=tenants)
+            if dry_run:
+                await _check_time_zones(connection, planned)
+            else:
+                await apply_plan(connection, planned)
+    return planned
 
 
 async def read_state(connection: Connection, tenant_id: str | None) -> ConfigurationState:

@@ -160,7 +160,7 @@ def _admission(
     hold: HoldPlan,
 ) -> Admission:
     attribution = project.spec.attribution
-    attributes = {
+    attributes: dict[str, Any] = {
         "namespace": project.namespace,
         "project": project.project_id,
         "user": caller.user_id,
@@ -169,6 +169,8 @@ def _admission(
         "upstream": model.route.upstream.qualified_name,
         "upstream_model": model.route.upstream_name,
     }
+    if model.route.upstream.spec.byok:
+        attributes["byok"] = True  # the provider bills the tenant itself
     tier = gateway.configuration.tier(project, caller.tier)
     if tier is not None:
         attributes["tier"] = tier.name
