@@ -5,6 +5,7 @@ in a namespace of its own, with its API key, budget and upstream.
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import subprocess
@@ -115,11 +116,21 @@ class Stack:
     signing_key: SigningKey
     sidecar: subprocess.Popen[bytes]
     log: Path
+    _start_sidecar: Callable[[], subprocess.Popen[bytes]]
     _runner: asyncio.Runner = field(default_factory=asyncio.Runner)
 
     def run(self, work: Any) -> Any:
         """Await something on a loop of the test's own."""
         return self._runner.run(work)
+
+    def kill_sidecar(self) -> None:
+        """End the sidecar as a crash would."""
+        self.sidecar.kill()
+        self.sidecar.wait(10)
+
+    def start_sidecar(self) -> None:
+        """Start it again, as it was."""
+        self.sidecar = self._start_sidecar()
 
     def close(self) -> None:
         """Close the test's own loop."""
@@ -262,12 +273,15 @@ def running_stack(dsn: str, folder: Path, *, recordings: Path | None = None, **s
         **settings,
     }
     log = folder / "sidecar.log"
-    with process(sim_arguments, environment={}, log=folder / "sim.log"):
+    with contextlib.ExitStack() as processes:
+        processes.enter_context(process(sim_arguments, environment={}, log=folder / "sim.log"))
         sim_port = wait_until(
             lambda: port_file.exists() and port_file.read_text().strip(), what="the simulator's start"
         )
-        with process([*_BEHEST, "proxy"], environment=environment, log=log) as sidecar:
-            admin_url = f"http://127.0.0.1:{admin_port}"
+        admin_url = f"http://127.0.0.1:{admin_port}"
+
+        def start_sidecar() -> subprocess.Popen[bytes]:
+            sidecar = processes.enter_context(process([*_BEHEST, "proxy"], environment=environment, log=log))
 
             def is_up() -> bool:
                 if sidecar.poll() is not None:
@@ -277,17 +291,20 @@ def running_stack(dsn: str, folder: Path, *, recordings: Path | None = None, **s
                 except httpx.TransportError:
                     return False
 
-            wait_until(is_up, timeout_s=20.0, what="the sidecar's start")
-            stack = Stack(
-                dsn=dsn,
-                base_url=f"http://127.0.0.1:{port}",
-                admin_url=admin_url,
-                sim_url=f"http://127.0.0.1:{sim_port}/v1",
-                signing_key=key,
-                sidecar=sidecar,
-                log=log,
-            )
-            try:
-                yield stack
-            finally:
-                stack.close()
+            wait_until(is_up, what="the sidecar's start")
+            return sidecar
+
+        stack = Stack(
+            dsn=dsn,
+            base_url=f"http://127.0.0.1:{port}",
+            admin_url=admin_url,
+            sim_url=f"http://127.0.0.1:{sim_port}/v1",
+            signing_key=key,
+            sidecar=start_sidecar(),
+            log=log,
+            _start_sidecar=start_sidecar,
+        )
+        try:
+            yield stack
+        finally:
+            stack.close()

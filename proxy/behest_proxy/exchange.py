@@ -142,6 +142,12 @@ class Exchange:
         """A chunk whose id, model and so on a chunk of our own may bear."""
         self._chunks = 0
 
+    @property
+    def forwarded(self) -> tuple[int, int, int]:
+        """Output tokens, reasoning tokens and chunks that are paid for, with those of the actions just returned."""
+        meter = self._meter
+        return meter.output, meter.reasoning, self._chunks
+
     # --- the ledger's answers ---------------------------------------------------------------------------------
 
     def admitted(self, answer: Answer | None, now_s: float) -> list[Action]:

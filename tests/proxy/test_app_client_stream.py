@@ -1,7 +1,7 @@
 """The same application under a server that offers no direct writes, and the queue that serves it there."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ QUESTION: list[Any] = [{"role": "user", "content": "Tell me a story."}]
 
 
 @asynccontextmanager
-async def _served_by_hypercorn(stack: Stack, folder: Path) -> AsyncIterator[str]:
+async def _served_by_hypercorn(stack: Stack, folder: Path) -> AsyncGenerator[str]:
     """A second sidecar on the same ledger, as any ASGI server would run it."""
     key_file = folder / "signing.pem"
     key_file.write_bytes(stack.signing_key.private_pem())
@@ -42,7 +42,7 @@ async def _served_by_hypercorn(stack: Stack, folder: Path) -> AsyncIterator[str]
 
 
 @asynccontextmanager
-async def _connected(stack: Stack) -> AsyncIterator[Any]:
+async def _connected(stack: Stack) -> AsyncGenerator[Any]:
     connection = await connect(stack.dsn)
     try:
         yield connection

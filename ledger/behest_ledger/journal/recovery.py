@@ -5,10 +5,11 @@ from typing import Any
 import msgspec
 
 from behest_ledger.charging import Evidence, Outcome, charge
-from behest_ledger.holds import Settlement, UsageLine
+from behest_ledger.holds import Settlement
 from behest_ledger.journal.history import Unfinished
 from behest_ledger.journal.records import Admitted, Progress
 from behest_ledger.prices.rates import ClassRates, Rates
+from behest_ledger.settlement import settlement_for
 
 
 def settlement_of(unfinished: Unfinished) -> Settlement | None:
@@ -47,8 +48,6 @@ def _crashed(admitted: Admitted, progress: Progress, granted_tokens: int) -> Set
         base=ClassRates.of(admitted.rates),
         request_pico=admitted.request_fee_pico,
     )
-    # A fee per request is owed where anything is: what was never sent costs nothing at all.
-    lines = rates.lines(charged.counts, requests=0 if charged.source == "none" else 1)
     facts: dict[str, Any] = {
         "recovered": True,
         "chunks": progress.chunks,
@@ -60,25 +59,11 @@ def _crashed(admitted: Admitted, progress: Progress, granted_tokens: int) -> Set
     }
     if granted_tokens:
         facts["held_output_tokens"] = granted_tokens
-    return Settlement(
+    return settlement_for(
         tenant_id=admitted.tenant_id,
         request_id=admitted.request_id,
-        state="settled" if charged.sent else "void",
         outcome=Outcome.CRASHED,
-        source=charged.source,
-        requests=int(charged.sent),
-        input_tokens=charged.counts.input_tokens,
-        output_tokens=charged.counts.output_tokens,
-        amount_pico=sum(line.amount_pico for line in lines),
-        lines=[
-            UsageLine(
-                class_=line.token_class,
-                quantity=line.quantity,
-                rate_pico=line.rate_pico,
-                amount_pico=line.amount_pico,
-                source=charged.source,
-            )
-            for line in lines
-        ],
+        charge=charged,
+        rates=rates,
         facts=facts,
     )

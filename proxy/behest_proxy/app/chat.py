@@ -74,10 +74,13 @@ class ChatCompletions:
         input_count = count_input(request, model.counter, model.facts)
         hold = plan(request, model.facts, model.rates, input_count)
         client = client_stream(scope, receive, send)
+        admission = _admission(gateway, context, caller, session, project, model, hold)
+        input_counts = TokenCounts(input=input_count.best_tokens)
         conduct = Conduct(
             gateway,
-            admission=_admission(gateway, context, caller, session, project, model, hold),
+            admission=admission,
             rates=model.rates,
+            trace=gateway.memory.begin(admission, input_counts=input_counts, rates=model.rates),
             exchange=lambda grant: _exchange(request, model, hold, input_count, grant),
             upstream_request=lambda grant: _upstream_request(request, model, hold, grant, context),
             client=client,

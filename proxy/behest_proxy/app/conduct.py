@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from behest_ledger.charging import Outcome
-from behest_ledger.holds import Admission, Answer, Granted, Settlement, UsageLine
+from behest_ledger.holds import Admission, Answer, Granted, Refused
 from behest_ledger.prices.rates import Rates
+from behest_ledger.settlement import settlement_for
 from behest_ledger.store.credit import Account
 from behest_ledger.store.errors import LedgerError
 from behest_proxy.actions import (
@@ -31,8 +32,9 @@ from behest_proxy.actions import (
 )
 from behest_proxy.app.client_stream import ClientStream
 from behest_proxy.app.context import RequestContext
+from behest_proxy.app.memory import Trace
 from behest_proxy.errors import ShownError
-from behest_proxy.exchange import Exchange, Phase
+from behest_proxy.exchange import Exchange
 from behest_proxy.sse import KEEP_ALIVE
 from behest_proxy.upstream import UpstreamCall, UpstreamFailure, UpstreamRequest
 
@@ -62,6 +64,7 @@ class Conduct:
         *,
         admission: Admission,
         rates: Rates,
+        trace: Trace,
         exchange: Callable[[Granted | None], Exchange],
         upstream_request: Callable[[Granted], UpstreamRequest],
         client: ClientStream,
@@ -72,12 +75,14 @@ class Conduct:
         self._loop = asyncio.get_running_loop()
         self._admission = admission
         self._rates = rates
+        self._trace = trace
         self._make_exchange = exchange
         self._make_upstream_request = upstream_request
         self._client = client
         self._context = context
         self._exchange: Exchange | None = None
         self._grant: Granted | None = None
+        self._granted_tokens = 0
         self._account: Account | None = None
         self._call: UpstreamCall | None = None
         self._client_left = False
@@ -110,6 +115,8 @@ class Conduct:
             answer = None
         if isinstance(answer, Granted):
             self._grant = answer
+            self._granted_tokens = answer.output_tokens
+            self._trace.granted(self._granted_tokens)
             self._account = self._gateway.desk.open(
                 self._admission.tenant_id, self._admission.request_id, answer.windows
             )
@@ -119,7 +126,8 @@ class Conduct:
         if self._stopped is not None:
             self._perform(self._exchange.stop(*self._stopped, self._loop.time()))
         self._perform(self._exchange.admitted(answer, self._loop.time()))
-        if self._exchange.phase is Phase.ENDED:
+        if isinstance(answer, Refused):
+            self._trace.refused()
             self._gateway.ended(self)
 
     def stop(self, outcome: Outcome, error: ShownError) -> None:
@@ -134,6 +142,7 @@ class Conduct:
     def on_request_sent(self) -> None:
         """See `UpstreamHandler`."""
         assert self._exchange is not None
+        self._trace.sent()
         self._perform(self._exchange.request_sent(self._loop.time()))
 
     def on_head(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
@@ -145,9 +154,13 @@ class Conduct:
         """See `UpstreamHandler`. The way of a chunk: one synchronous walk to the client's socket."""
         assert self._exchange is not None
         now_s = self._loop.time()
+        exchange = self._exchange
         if self._first_byte_s is None:
             self._first_byte_s = now_s
-        for action in self._exchange.upstream_data(data, now_s):
+            self._trace.first_byte()
+        actions = exchange.upstream_data(data, now_s)
+        self._trace.store(*exchange.forwarded)  # before the client gets it: what was sent is never uncounted
+        for action in actions:
             if isinstance(action, Write):
                 self._write(action.data, now_s)
             else:
@@ -169,6 +182,8 @@ class Conduct:
     # --- carrying out ------------------------------------------------------------------------------------------
 
     def _perform(self, actions: Sequence[Action]) -> None:
+        if self._exchange is not None:
+            self._trace.store(*self._exchange.forwarded)
         for action in actions:
             match action:
                 case Write(data):
@@ -233,36 +248,18 @@ class Conduct:
         }
         if self._first_byte_s is not None:
             facts["first_byte_ms"] = round((self._first_byte_s - self._started_s) * 1000)
-        charge = action.charge
-        sent = charge.sent
-        # A fee per request is owed where anything is: what was refused or never sent costs nothing at all.
-        lines = self._rates.lines(charge.counts, requests=0 if charge.source == "none" else 1)
+        settlement = settlement_for(
+            tenant_id=self._admission.tenant_id,
+            request_id=self._admission.request_id,
+            outcome=action.outcome,
+            charge=action.charge,
+            rates=self._rates,
+            facts=facts,
+        )
+        self._trace.ended(settlement)
         if self._account is not None:
             self._gateway.desk.ended(self._account)
-        self._gateway.writer.submit(
-            Settlement(
-                tenant_id=self._admission.tenant_id,
-                request_id=self._admission.request_id,
-                state="settled" if sent else "void",
-                outcome=action.outcome,
-                source=charge.source,
-                requests=int(sent),
-                input_tokens=charge.counts.input_tokens,
-                output_tokens=charge.counts.output_tokens,
-                amount_pico=sum(line.amount_pico for line in lines),
-                lines=[
-                    UsageLine(
-                        class_=line.token_class,
-                        quantity=line.quantity,
-                        rate_pico=line.rate_pico,
-                        amount_pico=line.amount_pico,
-                        source=charge.source,
-                    )
-                    for line in lines
-                ],
-                facts=facts,
-            )
-        )
+        self._gateway.writer.submit(settlement)
         self._gateway.ended(self)
         self._answer(None)
         if self._call is not None and not self._upstream_done:
@@ -312,6 +309,9 @@ class Conduct:
 
     def _on_credit(self, answer: Answer | LedgerError) -> None:
         assert self._exchange is not None
+        if isinstance(answer, Granted):
+            self._granted_tokens += answer.output_tokens
+            self._trace.granted(self._granted_tokens)
         self._perform(self._exchange.credit(None if isinstance(answer, LedgerError) else answer, self._loop.time()))
 
     def _keep_alive(self) -> None:

@@ -25,6 +25,7 @@ from behest_ledger.store.pool import Connection, open_pool
 from behest_ledger.store.prices import load_current_book
 from behest_ledger.store.writer import SettlementWriter
 from behest_proxy.app.conduct import Conduct
+from behest_proxy.app.memory import Memory
 from behest_proxy.app.origins import project_allows
 from behest_proxy.app.settings import Settings
 from behest_proxy.errors import Draining, Forbidden, LedgerUnavailable
@@ -63,8 +64,10 @@ class Gateway:
         self.desk = CreditDesk(self._extend)
         self.writer = SettlementWriter(self._settle, on_settled=self._on_settled)
         self.live: set[Conduct] = set()
+        self.memory = Memory(settings.journal_dir)
         self.draining = False
         self._poll_task: asyncio.Task[None] | None = None
+        self._memory_task: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._ledger_heard_s = 0.0
 
@@ -86,6 +89,12 @@ class Gateway:
         await self._load()
         warm()
         self.writer.start()
+        left = self.memory.left()
+        for settlement in left:
+            self.writer.submit(settlement)
+        if left:
+            logger.warning("settling %d requests that an earlier life of this process left", len(left))
+        self._memory_task = asyncio.create_task(self.memory.run(), name="journal sync")
         self._poll_task = asyncio.create_task(self._poll(), name="configuration poll")
 
     async def drain(self) -> None:
@@ -99,9 +108,10 @@ class Gateway:
 
     async def aclose(self) -> None:
         """Write what is left to the books and close everything."""
-        if self._poll_task is not None:
-            self._poll_task.cancel()
-            await asyncio.gather(self._poll_task, return_exceptions=True)
+        for task in (self._poll_task, self._memory_task):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if not await self.writer.flush(STOP_FLUSH_S):
             logger.error("%d settlements could not be written before the end", self.writer.backlog)
@@ -111,6 +121,7 @@ class Gateway:
         await self.api_keys.aclose()
         if self.pool is not None:
             self.pool.terminate()
+        self.memory.close()
 
     @property
     def not_ready(self) -> str | None:
@@ -164,6 +175,7 @@ class Gateway:
         return await holds.settle(self.pool, settlements)
 
     def _on_settled(self, settled: Settled) -> None:
+        self.memory.acknowledged(settled.request_id)
         self.desk.settled(settled.request_id)
 
     async def _find_api_key(self, sha256: bytes) -> identity.ApiKeyRecord | None:

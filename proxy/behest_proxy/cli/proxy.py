@@ -42,6 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _serve(settings: Settings) -> int:
+    from behest_ledger.journal import JournalError
     from behest_ledger.store.errors import LedgerError
     from behest_proxy.app.asgi import admin_app, client_app
     from behest_proxy.app.gateway import Gateway
@@ -55,7 +56,7 @@ async def _serve(settings: Settings) -> int:
     try:
         gateway = Gateway(settings)
         await gateway.start()
-    except (LedgerError, OSError, ValueError) as error:
+    except (LedgerError, JournalError, OSError, ValueError) as error:
         raise UserError(str(error), "look at BEHEST_DATABASE_URL and BEHEST_SIGNING_KEY_FILE") from None
     tls = None
     if settings.tls_cert_file is not None and settings.tls_key_file is not None:
