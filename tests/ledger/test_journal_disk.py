@@ -238,6 +238,11 @@ def test_what_a_failed_sync_may_have_lost_is_written_again(tmp_path: Path, monke
             with pytest.raises(JournalError, match="cannot sync"):
                 journal.sync()
             assert not journal.writable
+        # The next one would work, and nothing would be safe by that.
+        with pytest.raises(JournalError, match="must be written again"):
+            journal.sync()
+        with monkeypatch.context() as patch:
+            patch.setattr("behest_ledger.journal.segments.sync_data", failing(os.fsync, errno.EIO))
             assert not journal.probe()
         (lost,) = tmp_path.glob("*.records")
         lost.write_bytes(bytes(lost.stat().st_size))  # what the kernel may make of it
@@ -275,6 +280,31 @@ def test_a_segment_goes_only_once_what_was_carried_over_from_it_is_durable(
         removals = [name for name in done if name != "synced"]
         assert removals[0] == first.name
         assert done == ["synced"] * (len(done) - len(removals)) + sorted(removals)
+    assert left(tmp_path) == [0]
+
+
+def test_after_a_failed_sync_no_segment_goes_before_all_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Journal.open(tmp_path, segment_bytes_max=2000) as journal:
+        journal.append(admitted(0))
+        journal.sync()
+        for number in range(1, 60):
+            journal.append(admitted(number))
+            journal.append(Acknowledged(request_id=an_id(number)))
+        before = sorted(tmp_path.glob("*.records"))
+        with monkeypatch.context() as patch:
+            patch.setattr("behest_ledger.journal.segments.sync_data", failing(os.fsync, errno.EIO))
+            with pytest.raises(JournalError):
+                journal.sync()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", failing(os.write, errno.ENOSPC))
+            assert not journal.probe()
+            with pytest.raises(JournalError, match="must be written again"):
+                journal.sync()
+        assert sorted(tmp_path.glob("*.records")) == before
+        assert journal.probe()
+        assert not any(file.exists() for file in before)
     assert left(tmp_path) == [0]
 
 

@@ -4,7 +4,7 @@ from uuid import UUID
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from behest_ledger.charging import Outcome
@@ -128,7 +128,11 @@ def test_changed_bytes_cost_the_records_they_are_in_and_no_other(written: list[R
     assert bool(damage) == bool(changes)
 
 
-@given(FILES, st.binary(min_size=1, max_size=200) | st.sampled_from([MAGIC, MAGIC * 20, b"\0" * 99]), st.data())
+@given(
+    FILES,
+    st.binary(min_size=1, max_size=200) | st.sampled_from([MAGIC, MAGIC * 20, b"\0" * 99, MAGIC + bytes(60)]),
+    st.data(),
+)
 def test_rubbish_costs_at_most_the_record_it_is_in(written: list[Record], rubbish: bytes, draw: st.DataObject) -> None:
     data, ends = joined(written)
     at = draw.draw(st.integers(0, len(data)))
@@ -140,6 +144,8 @@ def test_rubbish_costs_at_most_the_record_it_is_in(written: list[Record], rubbis
 
 
 @given(st.binary(max_size=400))
+@example(MAGIC + bytes(200))
+@example(MAGIC * 50)
 def test_rubbish_alone_is_no_record(rubbish: bytes) -> None:
     found, damage = read(rubbish)
     assert found == []

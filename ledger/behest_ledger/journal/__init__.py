@@ -19,8 +19,8 @@ In which order
 `append` raises `JournalError` on a full disk: an admission is refused then (give its slot back), everything else goes
 on, with less to tell after a kill. `sync` belongs in a thread, once a second. After `Journal.open`, every
 `unfinished()` request is settled by `recovery.settlement_of` and acknowledged like any other; where that is None,
-acknowledged alone, for nothing more can be done from here, and its hold goes its way. A settlement that is sent twice moves nothing the second time, because the books know its request id: that is what makes every doubt here
-harmless.
+acknowledged alone, for nothing more can be done from here, and its hold goes its way. A settlement that is sent twice
+moves nothing the second time, because the books know its request id: that is what makes every doubt here harmless.
 
 The format, version 1
 ---------------------

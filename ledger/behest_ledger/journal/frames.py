@@ -70,7 +70,8 @@ def _payload_at(data: bytes, at: int) -> bytes | None:
     if start > len(data):
         return None
     magic, length, checksum = _HEADER.unpack_from(data, at)
-    if magic != MAGIC or length > PAYLOAD_BYTES_MAX or start + length > len(data):
+    # An empty payload is none: a magic in front of zeros, as a power loss leaves them, would be one.
+    if magic != MAGIC or not 0 < length <= PAYLOAD_BYTES_MAX or start + length > len(data):
         return None
     payload = data[start : start + length]
     return payload if zlib.crc32(payload, length) == checksum else None

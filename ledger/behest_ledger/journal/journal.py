@@ -243,12 +243,12 @@ class Journal:
         number = self._last_number
         older = list(self._pins)
         self._segments.close()  # also after a failed sync: what is written here replaces it
-        self._segments.sync_failed = False
         try:
             self._segments.begin(number)
             carried = b"".join(live.frames() for live in self._live.values())
             if carried:
                 self._segments.write(carried)
+            self._segments.sync_failed = False  # not before: until then the thread's sync may remove nothing
             self._segments.sync()
             if self._table is None:
                 self._table = SlotTable.create(self._folder.slots, self._slots_max)

@@ -129,7 +129,7 @@ def encode(record: Record) -> bytes:
 
 def is_padding(payload: bytes) -> bool:
     """Whether a payload means nothing. A record begins with the head of a map, never with a zero."""
-    return payload[:1] in (b"", b"\0")
+    return payload[:1] == b"\0"
 
 
 def decode(payload: bytes) -> Record | None:

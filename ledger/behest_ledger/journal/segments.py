@@ -84,6 +84,9 @@ class Segments:
         caller must write everything again: `sync_failed`.
         """
         with self._one_sync:
+            if self.sync_failed:
+                # A later sync may work and prove nothing: the kernel reports a loss once. No segment goes on its word.
+                raise JournalError(f"what was written to {self._folder.path} may be lost and must be written again")
             with self._lock:
                 descriptors, self._retired = self._retired, []
                 dropped = tuple(self._dropped)

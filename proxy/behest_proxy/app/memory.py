@@ -97,8 +97,15 @@ class Memory:
         """The settlements of requests that an earlier life of this process left unfinished."""
         if self._journal is None:
             return []
-        found = [settlement_of(unfinished) for unfinished in self._journal.unfinished()]
-        return [settlement for settlement in found if settlement is not None]
+        found: list[Settlement] = []
+        for unfinished in self._journal.unfinished():
+            settlement = settlement_of(unfinished)
+            if settlement is not None:
+                found.append(settlement)
+            else:
+                logger.warning("request %s: too little is left of it; its hold waits", unfinished.request_id)
+                self.acknowledged(unfinished.request_id)
+        return found
 
     async def run(self) -> None:
         """Make durable what was written, once a second, in a thread; find out when a full disk is full no more."""
@@ -106,9 +113,9 @@ class Memory:
             await asyncio.sleep(SYNC_S)
             try:
                 await asyncio.to_thread(self._journal.sync)
-                self._journal.probe()
             except JournalError as error:
                 logger.warning("the journal: %s", error)
+            self._journal.probe()  # after a failed sync only a write can mend it
 
     def close(self) -> None:
         """Let go of the folder."""
