@@ -11,11 +11,8 @@ from behest_ledger.prices.rates import Rates
 def settlement_for(
     *, tenant_id: str, request_id: UUID, outcome: Outcome, charge: Charge, rates: Rates, facts: dict[str, Any]
 ) -> Settlement:
-    """The settlement of a charge at the rates that were fixed at its admission.
-
-    A fee per request is owed where anything is: what was refused or never sent costs nothing at all.
-    """
-    lines = rates.lines(charge.counts, requests=0 if charge.source == "none" else 1)
+    """The settlement of a charge at the rates that were fixed at its admission."""
+    lines = lines_of(charge, rates)
     return Settlement(
         tenant_id=tenant_id,
         request_id=request_id,
@@ -26,15 +23,23 @@ def settlement_for(
         input_tokens=charge.counts.input_tokens,
         output_tokens=charge.counts.output_tokens,
         amount_pico=sum(line.amount_pico for line in lines),
-        lines=[
-            UsageLine(
-                class_=line.token_class,
-                quantity=line.quantity,
-                rate_pico=line.rate_pico,
-                amount_pico=line.amount_pico,
-                source=charge.source,
-            )
-            for line in lines
-        ],
+        lines=lines,
         facts=facts,
     )
+
+
+def lines_of(charge: Charge, rates: Rates) -> list[UsageLine]:
+    """The charge by class.
+
+    A fee per request is owed where anything is: what was refused or never sent costs nothing at all.
+    """
+    return [
+        UsageLine(
+            class_=line.token_class,
+            quantity=line.quantity,
+            rate_pico=line.rate_pico,
+            amount_pico=line.amount_pico,
+            source=charge.source,
+        )
+        for line in rates.lines(charge.counts, requests=0 if charge.source == "none" else 1)
+    ]

@@ -148,6 +148,10 @@ class Exchange:
         meter = self._meter
         return meter.output, meter.reasoning, self._chunks
 
+    def charge_if_lost(self, now_s: float) -> Charge:
+        """What is charged if this process and its journal are lost now."""
+        return self._charge(Outcome.CRASHED, now_s)
+
     # --- the ledger's answers ---------------------------------------------------------------------------------
 
     def admitted(self, answer: Answer | None, now_s: float) -> list[Action]:

@@ -144,10 +144,10 @@ def test_money_in_suspense_is_settled_from_suspense(dsn: str) -> None:
         async with books.connection.acquire() as connection, connection.transaction():
             await connection.execute(
                 "INSERT INTO ledger.posting (tenant_id, month, source_id, window_id, seq, debit, credit, amount)"
-                " SELECT tenant_id, month, request_id, window_id, 999999, 'held', 'suspense', held"
+                " SELECT tenant_id, month, request_id, window_id, 1000001, 'held', 'suspense', held"
                 " FROM ledger.hold_line"
             )
-            await connection.execute("UPDATE ledger.hold SET state = 'suspense'")
+            await connection.execute("UPDATE ledger.hold SET state = 'suspense', suspense_at = now()")
             await connection.execute("UPDATE ledger.budget_window SET suspense = held, held = 0")
         assert await books.findings() == []
         assert refused((await books.admit(need=5))[1]).held == 60

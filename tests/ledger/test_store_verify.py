@@ -8,6 +8,7 @@ import pytest
 from behest_ledger.store.pool import connect
 from behest_ledger.store.verify import CHECKS, Finding, verify
 from ledger.books import Books, granted, keep_books, settlement
+from ledger.sidecars import Sidecar, charge, reap
 
 BALANCES = "balances are the sums of their postings"
 OPEN = "a window holds what its open requests hold"
@@ -27,9 +28,14 @@ UNSENT = "a request that was not sent was charged nothing"
 CHARGED = "every window was charged what the request cost, once"
 PAIRS = "every ended hold has its request, and every request its hold"
 ORPHANS = "every line and posting belongs to something"
+SUSPENSE = "what a holder left behind went to suspense, whole, and came out once"
+CHECKPOINT = "a checkpoint is the sum of its lines"
+POLICY = "a charge by policy says so and is within its hold"
+CORRECTION = "a correction takes back what the policy charged, and nothing else is corrected"
 
 # Each row: the table, the change of one row of it, the checks that must notice. $1 is the window of the budget
-# "money"; $2, $3 and $4 are an open, a settled and a voided request.
+# "money"; $2, $3 and $4 are an open, a settled and a voided request; $5, $6 and $7 one in suspense, one charged by
+# policy, and one corrected.
 CHANGES: list[tuple[str, str, set[str]]] = [
     ("budget_window", "SET spent = spent + 1 {window}", {BALANCES}),
     ("budget_window", "SET spent = spent + 1, held = held - 1 {window}", {BALANCES, OPEN}),
@@ -49,7 +55,18 @@ CHANGES: list[tuple[str, str, set[str]]] = [
     ("budget_window", "DELETE {window}", {BALANCES, SUBJECT, ORPHANS}),
     ("budget_subject", "SET window_id = NULL {window}", {SUBJECT}),
     ("hold", "SET state = 'settled' {open}", {OPEN, RELEASED, PAIRS}),
-    ("hold", "SET state = 'suspense' {settled}", {OPEN, PAIRS}),
+    ("hold", "SET state = 'suspense' {settled}", {OPEN, PAIRS, SUSPENSE}),
+    ("hold", "SET state = 'suspense' {open}", {OPEN, SUSPENSE}),
+    ("hold", "SET state = 'open' {suspense}", {OPEN, SUSPENSE}),
+    ("hold", "SET suspense_at = NULL {suspense}", {SUSPENSE}),
+    ("hold", "SET suspense_at = now() {settled}", {SUSPENSE}),
+    ("hold", "SET state = 'settled' {policy}", {POLICY}),
+    ("hold", "SET state = 'charged_by_policy' {settled}", {POLICY, SUSPENSE}),
+    ("hold", "SET state = 'charged_by_policy' {corrected}", {POLICY, CORRECTION}),
+    ("hold", "SET state = 'corrected' {policy}", {POLICY, CORRECTION}),
+    ("hold", "SET checkpoint_amount_pico = checkpoint_amount_pico + 1 {suspense}", {CHECKPOINT}),
+    ("hold", "SET checkpoint_output_tokens = checkpoint_output_tokens + 1 {policy}", {CHECKPOINT}),
+    ("hold", "SET checkpoint_lines = '[]' {policy}", {CHECKPOINT}),
     ("hold", "SET state = 'open' {settled}", {OPEN, PAIRS}),
     ("hold", "SET state = 'void' {settled}", {UNSENT}),
     ("hold", "SET state = 'settled' {void}", {UNSENT}),
@@ -64,6 +81,8 @@ CHANGES: list[tuple[str, str, set[str]]] = [
     ("hold_line", "SET held = held + 1 {open} AND window_id = $1", {OPEN, POSTED}),
     ("hold_line", "SET held = held + 1 {settled} AND window_id = $1", {POSTED, RELEASED}),
     ("hold_line", "SET window_id = 4711 {settled} AND window_id = $1", {ORPHANS}),
+    ("hold_line", "SET held = held + 1 {suspense} AND window_id = $1", {OPEN, POSTED, SUSPENSE}),
+    ("hold_line", "SET held = 1 {policy} AND window_id = $1", {POSTED, RELEASED, SUSPENSE, POLICY}),
     ("hold_line", "DELETE {open} AND window_id = $1", {OPEN, ORPHANS}),
     ("hold_line", "DELETE {settled} AND window_id = $1", {ORPHANS}),
     ("posting", "SET amount = amount + 1 WHERE source_id = $2 AND window_id = $1 AND seq = 0", {BALANCES, POSTED}),
@@ -80,6 +99,21 @@ CHANGES: list[tuple[str, str, set[str]]] = [
     ("posting", "SET source_id = gen_random_uuid() WHERE source_id = $2 AND window_id = $1 AND seq = 0", {ORPHANS}),
     ("posting", "DELETE WHERE source_id = $3 AND window_id = $1 AND credit = 'spent'", {BALANCES, CHARGED}),
     ("posting", "DELETE WHERE source_id = $2 AND window_id = $1 AND seq = 1", {BALANCES, POSTED, CREDIT}),
+    ("posting", "DELETE WHERE source_id = $5 AND window_id = $1 AND seq = 1000001", {BALANCES, SUSPENSE}),
+    ("posting", "SET amount = amount - 1 WHERE source_id = $5 AND window_id = $1 AND seq = 1000001",
+     {BALANCES, SUSPENSE}),
+    ("posting", "SET seq = 9 WHERE source_id = $5 AND window_id = $1 AND seq = 1000001", {MOVEMENT}),
+    ("posting", "SET debit = 'held' WHERE source_id = $6 AND window_id = $1 AND credit = 'spent'",
+     {BALANCES, RELEASED, SUSPENSE}),
+    ("posting", "DELETE WHERE source_id = $7 AND window_id = $1 AND seq = 1000002", {BALANCES, CHARGED}),
+    ("posting", "SET seq = 1000003 WHERE source_id = $7 AND window_id = $1 AND seq = 1000002", {MOVEMENT}),
+    ("posting", "SET source_id = $6 WHERE source_id = $7 AND window_id = $1 AND seq = 1000002", {CHARGED, CORRECTION}),
+    ("request", "SET outcome = 'completed' {policy}", {POLICY}),
+    ("request", "SET facts = facts - 'policy' {policy}", {POLICY}),
+    ("request", "SET facts = facts || '{{\"policy\": \"hold\"}}' {corrected}", {POLICY}),
+    ("request", "SET facts = facts || '{{\"requests\": 0}}' {corrected}", {CHARGED, UNSENT}),
+    ("request", "SET amount_pico = amount_pico + 1 {corrected}", {AMOUNT, CHARGED}),
+    ("request", "DELETE {policy}", {PAIRS, ORPHANS}),
     ("request", "SET amount_pico = amount_pico + 1 {settled}", {AMOUNT, CHARGED}),
     ("request", "SET input_tokens = input_tokens + 1 {settled}", {TOKENS, CHARGED}),
     ("request", "SET input_tokens = output_tokens, output_tokens = input_tokens {settled}", {TOKENS}),
@@ -98,6 +132,8 @@ CHANGES: list[tuple[str, str, set[str]]] = [
      {AMOUNT, TOKENS}),
     ("usage_line", "SET class = 'cache' {settled} AND class = 'input'", {LINE, TOKENS}),
     ("usage_line", "SET class = 'reasoning' {settled} AND class = 'input'", {TOKENS}),
+    ("usage_line", "DELETE {corrected} AND entry = 1 AND class = 'output'", {AMOUNT, TOKENS, CORRECTION}),
+    ("usage_line", "SET entry = 1 {settled} AND class = 'output'", {CORRECTION}),
     ("usage_line", "SET request_id = gen_random_uuid() {settled} AND class = 'input'", {AMOUNT, ORPHANS}),
     ("usage_line", "DELETE {settled} AND class = 'input'", {AMOUNT, TOKENS}),
 ]  # fmt: skip
@@ -108,8 +144,9 @@ CONSTRAINTS = [
 ]
 
 
-async def traffic(books: Books) -> tuple[int, UUID, UUID, UUID]:
-    """An open, extended request, a settled, an overrun and a voided one, in windows of every unit."""
+async def traffic(books: Books) -> tuple[int, UUID, UUID, UUID, UUID, UUID, UUID]:
+    """An open, extended request, a settled, an overrun and a voided one, in windows of every unit; and what a sidecar
+    left behind: one in suspense, one charged by policy, and one corrected after that."""
     await books.budget("calls", 100, unit="requests")
     await books.budget("money", 1000)
     await books.budget("narrow", 100, unit="tokens", scope={"user": "bob"})
@@ -121,11 +158,29 @@ async def traffic(books: Books) -> tuple[int, UUID, UUID, UUID]:
     settled, _ = await books.admit(input=20, need=30)
     voided, _ = await books.admit(input=20, need=10)
     over, _ = await books.admit(need=95, rate=1, user="bob")
+    suspense, policy, corrected = await left_behind(books)
     results = await books.settle(
         settlement(settled, input=20, output=12), settlement(voided, sent=False), settlement(over, output=101)
     )
     assert results == ["settled", "settled", "settled!"]
-    return (await books.window("money")).window_id, live, settled, voided
+    return (await books.window("money")).window_id, live, settled, voided, suspense, policy, corrected
+
+
+async def left_behind(books: Books) -> tuple[UUID, UUID, UUID]:
+    sidecar = await Sidecar.start(books)
+    late = [await sidecar.admitted(input=2, need=3), await sidecar.admitted(input=2, need=4)]
+    for one in late:
+        await sidecar.checkpoint(one, input=2, output=1)
+    await sidecar.die()
+    assert await reap(books) == 2
+    assert await charge(books, "checkpoint") == dict.fromkeys(late, 16)
+    assert await books.settle(settlement(late[1], input=2, output=3)) == ["corrected"]
+    sidecar = await Sidecar.start(books)
+    one = await sidecar.admitted(input=1, need=2)
+    await sidecar.checkpoint(one, input=1, output=1)
+    await sidecar.die()
+    assert await reap(books) == 1
+    return one, late[0], late[1]
 
 
 def test_books_that_nobody_touched_are_clean_and_say_what_they_hold(dsn: str) -> None:
@@ -135,7 +190,7 @@ def test_books_that_nobody_touched_are_clean_and_say_what_they_hold(dsn: str) ->
         verdict = await verify(connection)
         await connection.close()
         assert verdict.findings == []
-        assert (verdict.windows, verdict.requests, verdict.overrun_windows) == (6, 3, 2)
+        assert (verdict.windows, verdict.requests, verdict.overrun_windows) == (6, 5, 2)
         assert verdict.postings == await books.count("posting")
 
     keep_books(dsn, work)
@@ -143,12 +198,16 @@ def test_books_that_nobody_touched_are_clean_and_say_what_they_hold(dsn: str) ->
 
 def test_one_changed_row_is_named_by_the_check_that_is_meant_for_it(dsn: str) -> None:
     async def work(books: Books) -> None:
-        window, live, settled, voided = await traffic(books)
+        keys = await traffic(books)
+        window, live, settled, voided, suspense, policy, corrected = keys
         where = {
             "window": "WHERE window_id = $1",
             "open": "WHERE $1 > 0 AND request_id = $2",
             "settled": "WHERE $1 > 0 AND request_id = $3",
             "void": "WHERE $1 > 0 AND request_id = $4",
+            "suspense": "WHERE $1 > 0 AND request_id = $5",
+            "policy": "WHERE $1 > 0 AND request_id = $6",
+            "corrected": "WHERE $1 > 0 AND request_id = $7",
         }
         noticed: set[str] = set()
         async with books.connection.acquire() as connection:
@@ -161,19 +220,21 @@ def test_one_changed_row_is_named_by_the_check_that_is_meant_for_it(dsn: str) ->
                 verb, rest = change.format(**where).split(" ", 1)
                 statement = f"{'DELETE FROM' if verb == 'DELETE' else 'UPDATE'} ledger.{table} "
                 statement += rest if verb == "DELETE" else f"SET {rest}"
-                statement += " AND ($1::bigint, $2::uuid, $3::uuid, $4::uuid) IS NOT NULL"
-                done = await connection.execute(statement, window, live, settled, voided)
+                statement += " AND ($1::bigint, $2::uuid, $3::uuid, $4::uuid, $5::uuid, $6::uuid, $7::uuid) IS NOT NULL"
+                done = await connection.execute(statement, *keys)
                 assert done.split()[-1] in ("1", "2"), (statement, done)
                 found = await findings(connection)
                 await undo.rollback()
                 checks = {finding.check for finding in found}
                 assert checks >= expected, (table, change, found)
                 named = "; ".join(finding.place for finding in found) + ";"
-                places = [f"request {one}" for one in (live, settled, voided)]
+                places = [f"request {one}" for one in (live, settled, voided, suspense, policy, corrected)]
                 places += [
                     f"window {window} ",
                     f"window {window};",
                     f"posting of {settled}",
+                    f"posting of {suspense}",
+                    f"posting of {corrected}",
                     "window 4711",
                     "demo/money ",
                 ]
@@ -186,11 +247,11 @@ def test_one_changed_row_is_named_by_the_check_that_is_meant_for_it(dsn: str) ->
 
 def test_a_finding_names_the_place_what_was_expected_and_what_was_found(dsn: str) -> None:
     async def work(books: Books) -> None:
-        window, _, settled, _ = await traffic(books)
-        await books.connection.execute("UPDATE ledger.budget_window SET overrun = 390 WHERE window_id = $1", window)
+        window, _, settled, *_ = await traffic(books)
+        await books.connection.execute("UPDATE ledger.budget_window SET overrun = 470 WHERE window_id = $1", window)
         await books.connection.execute("UPDATE ledger.request SET user_id = 'eve' WHERE request_id = $1", settled)
         found = await books.findings()
-        assert Finding(BALANCES, f"window {window} of acme, account overrun", "385", "390") in found
+        assert Finding(BALANCES, f"window {window} of acme, account overrun", "460", "470") in found
         (other,) = [finding for finding in found if finding.check == ATTRIBUTION]
         assert other.place == f"request {settled}"
         assert " | ann | " in other.expected

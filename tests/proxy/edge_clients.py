@@ -12,6 +12,7 @@ import h2.connection
 import h2.events
 import h2.exceptions
 import h2.settings
+import pytest
 import uvloop
 from hyperframe.frame import Frame, GoAwayFrame
 
@@ -21,6 +22,7 @@ from behest_proxy.edge.limits import EdgeLimits
 from behest_proxy.edge.server import BoundAddress, TlsFiles, serve
 
 GENEROUS_S = 20.0
+LOOPS = pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
 T = TypeVar("T")
 
 

@@ -7,12 +7,20 @@ from typing import Any
 from behest_ledger.charging import Outcome
 from behest_ledger.holds import Answer, Granted, Refused
 from behest_ledger.token_counts import TokenCounts
-from behest_proxy.actions import Action, Begin, CallUpstream, Fail, Settle, Write
+from behest_proxy.actions import Action, Begin, CallUpstream, CancelUpstream, Fail, Settle, Write
 from behest_proxy.errors import Draining, ShownError
 from behest_proxy.exchange import Exchange, Terms
 from behest_proxy.sse import DONE, data_event
 
 Event = Callable[[Exchange], list[Action]]
+
+COMPLETED = Outcome.COMPLETED
+CANCELLED = Outcome.CLIENT_CANCELLED
+BROKEN = Outcome.UPSTREAM_ERROR
+NO_LEDGER = Outcome.LEDGER_UNAVAILABLE
+QUOTA_EXCEEDED = Outcome.QUOTA_EXCEEDED
+
+CANCEL = CancelUpstream()
 
 INPUT_PICO, OUTPUT_PICO = 100, 1000
 EVENT_STREAM = [(b"content-type", b"text/event-stream; charset=utf-8")]
@@ -76,6 +84,25 @@ def streaming(granted_tokens: int = 1000, **changes: Any) -> Exchange:
         (sent(), []),
         (head(200), begun),
         (read(ROLE), [wrote(ROLE)] if begun else []),
+    )
+    return under
+
+
+def calling(**changes: Any) -> Exchange:
+    """An exchange whose request was sent, and whose provider has not answered yet."""
+    under = exchange(**changes)
+    play(under, (admitted(Granted(output_tokens=500)), [CallUpstream()]), (sent(), []))
+    return under
+
+
+def clamped(**changes: Any) -> Exchange:
+    """An exchange whose whole answer was held: a budget, not its caller, bound it to 50 tokens."""
+    under = exchange(metered=False, clamp_tokens=50, cap_tokens=50, **changes)
+    play(
+        under,
+        (admitted(Granted(output_tokens=50, bound_by=QUOTA)), [CallUpstream()]),
+        (sent(), []),
+        (head(200), [Begin()] if changes.get("streamed", True) else []),
     )
     return under
 
@@ -171,6 +198,13 @@ def wrote(*payloads: bytes, done: bool = False) -> Write:
 
 
 FINISHED = Write(DONE)
+
+
+def event_of(action: Action) -> dict[str, Any]:
+    """The JSON of the first event of a write."""
+    assert isinstance(action, Write)
+    members: dict[str, Any] = json.loads(action.data.removeprefix(b"data: ").partition(b"\n\n")[0])
+    return members
 
 
 class Settled:

@@ -6,13 +6,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from behest_proxy.cli import guard
 from behest_proxy.cli.guarded import Guarded, GuardedStartError, Stop
+from proxy.processes import alive, eventually
 
 _POLITE = """
 import signal, sys, time
@@ -39,29 +39,6 @@ child = Guarded.start("child", [sys.executable, "-c", sys.argv[2]], log=Path(sys
 print(child.pid, flush=True)
 time.sleep(60)
 """
-
-
-def eventually(check: Callable[[], bool], *, within_s: float = 10.0) -> bool:
-    """Whether it comes true in time."""
-    deadline = time.monotonic() + within_s
-    while time.monotonic() < deadline:
-        if check():
-            return True
-        time.sleep(0.01)
-    return False
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs (a zombie does not)."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    stat = Path(f"/proc/{pid}/stat")
-    try:
-        return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def python(code: str) -> list[str | Path]:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import pytest
 
 from behest_proxy.cli import binaries as programs
 from behest_proxy.cli.supervisor import describe
+from proxy.processes import alive, eventually
 
 # Starts `behest` with stand-ins: what they are told to do is in the environment of the test.
 _DRIVER = """
@@ -144,22 +145,6 @@ def bench() -> Generator[Bench, None, None]:
             process.kill()
         process.communicate()
     shutil.rmtree(path, ignore_errors=True)
-
-
-def eventually(check: Callable[[], bool], *, within_s: float = 15.0) -> bool:
-    deadline = time.monotonic() + within_s
-    while time.monotonic() < deadline:
-        if check():
-            return True
-        time.sleep(0.01)
-    return False
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def end(process: subprocess.Popen[str], number: signal.Signals = signal.SIGTERM) -> tuple[int, str, str]:

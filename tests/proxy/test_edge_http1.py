@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from behest_proxy.edge.host import Receive, Scope, Send
 from behest_proxy.edge.limits import EdgeLimits
 from proxy.edge_clients import (
+    LOOPS,
     answer,
     application,
     echo,
@@ -20,7 +21,6 @@ from proxy.edge_clients import (
     until,
 )
 
-LOOPS = pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
 GET = b"GET /%b HTTP/1.1\r\nHost: a\r\n\r\n"
 
 

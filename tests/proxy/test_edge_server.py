@@ -4,24 +4,20 @@ import shutil
 import ssl
 import subprocess
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from hypercorn.utils import LifespanFailureError
 
 from behest_proxy.edge.direct import DirectStream, direct_stream
 from behest_proxy.edge.host import Receive, Scope, Send
 from behest_proxy.edge.limits import EdgeLimits
 from behest_proxy.edge.server import TlsFiles, serve
+from proxy.certificates import self_signed
 from proxy.edge_clients import (
+    LOOPS,
     answer,
     application,
     echo,
@@ -34,33 +30,15 @@ from proxy.edge_clients import (
     until,
 )
 
-LOOPS = pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
-
 
 @pytest.fixture(scope="module")
 def tls_files(tmp_path_factory: pytest.TempPathFactory) -> TlsFiles:
     """A throw-away certificate for 127.0.0.1."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
-    now = datetime.now(UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(hours=1))
-        .not_valid_after(now + timedelta(hours=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
     folder = tmp_path_factory.mktemp("tls")
     files = TlsFiles(certificate=folder / "cert.pem", key=folder / "key.pem")
-    files.certificate.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    files.key.write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
+    certificate, key = self_signed()
+    files.certificate.write_bytes(certificate)
+    files.key.write_bytes(key)
     return files
 
 

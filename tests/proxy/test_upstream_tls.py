@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from proxy.certificates import Certificate
 from proxy.upstream_servers import (
     CHUNKED_HEAD,
     LOOPS,
-    Certificate,
     Peer,
     a_client,
     a_request,

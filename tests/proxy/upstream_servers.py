@@ -1,13 +1,10 @@
 """Tiny servers and a recording handler for the upstream client's tests: real sockets, every byte scripted."""
 
 import asyncio
-import datetime as dt
 import gc
-import ipaddress
 import ssl
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import h2.config
@@ -15,10 +12,6 @@ import h2.connection
 import h2.events
 import h2.settings
 import uvloop
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from behest_proxy.upstream import UpstreamCall, UpstreamClient, UpstreamFailure, UpstreamRequest
 
@@ -427,47 +420,3 @@ async def http2_server(
         await eventually(lambda: all(peer.closed for peer in server.peers))
         listener.close()
         await listener.wait_closed()
-
-
-# TLS.
-
-
-class Certificate:
-    """A throw-away certificate for `localhost` and 127.0.0.1, its own authority."""
-
-    def __init__(self, folder: Path, *, host: str = "localhost") -> None:
-        key = ec.generate_private_key(ec.SECP256R1())
-        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, host)])
-        now = dt.datetime.now(dt.UTC)
-        names: list[x509.GeneralName] = [x509.DNSName(host)]
-        if host == "localhost":
-            names.append(x509.IPAddress(ipaddress.ip_address("127.0.0.1")))
-        certificate = (
-            x509.CertificateBuilder()
-            .subject_name(name)
-            .issuer_name(name)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - dt.timedelta(days=1))
-            .not_valid_after(now + dt.timedelta(days=1))
-            .add_extension(x509.SubjectAlternativeName(names), critical=False)
-            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-            .sign(key, hashes.SHA256())
-        )
-        self.file = folder / f"{host}.pem"
-        self.file.write_bytes(
-            key.private_bytes(
-                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-            )
-            + certificate.public_bytes(serialization.Encoding.PEM)
-        )
-
-    def server(self, *alpn: str) -> ssl.SSLContext:
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.load_cert_chain(self.file)
-        if alpn:
-            context.set_alpn_protocols(list(alpn))
-        return context
-
-    def client(self) -> ssl.SSLContext:
-        return ssl.create_default_context(cafile=self.file)

@@ -12,7 +12,8 @@ from behest_ledger.holds import Admission, Answer, Extension, Gone, Granted, Ref
 from behest_ledger.store.errors import LedgerConflictError, mapped
 from behest_ledger.store.pool import COMMAND_TIMEOUT_S, Connection
 
-Result = Literal["settled", "already", "unknown"]
+Result = Literal["settled", "already", "corrected", "unknown"]
+"""`corrected`: the hold had been charged by policy, because its holder was gone; now it is charged this instead."""
 
 ADMIT_ATTEMPTS_MAX = 3
 """A conflict moved nothing, so an admission is asked again; after this many it fails."""

@@ -21,12 +21,16 @@ class TopRow(msgspec.Struct, frozen=True, kw_only=True):
     output_tokens: int
     amount_pico: int
     live: int
-    """Requests of it that run now; their cost is not in the sums yet."""
+    """Requests of it that run now; their cost is not in the sums above yet."""
     last_at: datetime
+    live_input_tokens: int = 0
+    live_output_tokens: int = 0
+    live_amount_pico: int = 0
+    """What those have come to so far, as of their last checkpoints: a second old, more where the ledger was away."""
 
 
 async def top(connection: Connection, *, since: datetime, limit: int = 20) -> list[TopRow]:
-    """The sessions and models that spent most since a time, with what runs now.
+    """The sessions and models that spent most since a time, what runs now included.
 
     Raises `LedgerUnavailableError` and `SchemaError`.
     """
@@ -42,16 +46,22 @@ async def top(connection: Connection, *, since: datetime, limit: int = 20) -> li
                        coalesce(attributes ->> 'user', '') AS user_id,
                        coalesce(attributes ->> 'session', '') AS session_id,
                        coalesce(attributes ->> 'model', '') AS model,
-                       count(*) AS live, max(admitted_at) AS last_at
+                       count(*) AS live, max(admitted_at) AS last_at,
+                       sum(checkpoint_input_tokens) AS live_input_tokens,
+                       sum(checkpoint_output_tokens) AS live_output_tokens,
+                       sum(checkpoint_amount_pico) AS live_amount_pico
                 FROM ledger.hold WHERE state = 'open' GROUP BY 1, 2, 3, 4
             )
             SELECT project_id, user_id, session_id, model, coalesce(requests, 0)::bigint AS requests,
                    coalesce(input_tokens, 0)::bigint AS input_tokens,
                    coalesce(output_tokens, 0)::bigint AS output_tokens,
                    coalesce(amount_pico, 0)::text AS amount_pico, coalesce(live, 0)::bigint AS live,
+                   coalesce(live_input_tokens, 0)::bigint AS live_input_tokens,
+                   coalesce(live_output_tokens, 0)::bigint AS live_output_tokens,
+                   coalesce(live_amount_pico, 0)::text AS live_amount_pico,
                    greatest(ended.last_at, live.last_at) AS last_at
             FROM ended FULL JOIN live USING (project_id, user_id, session_id, model)
-            ORDER BY coalesce(amount_pico, 0) DESC, last_at DESC LIMIT $2""",
+            ORDER BY coalesce(amount_pico, 0) + coalesce(live_amount_pico, 0) DESC, last_at DESC LIMIT $2""",
             since,
             limit,
         )

@@ -50,12 +50,16 @@ CHECKS: dict[str, str] = {
         WHERE account <> 'funding' AND coalesce(moved.amount, 0) <> coalesce(written.amount, 0)""",
     "a window holds what its open requests hold": """
         SELECT format('window %s of %s', w.window_id, w.tenant_id),
-               coalesce(h.held, 0) || ' by ' || coalesce(h.holds, 0), w.held + w.suspense || ' by ' || w.live
+               format('%s and %s in suspense by %s', coalesce(h.held, 0), coalesce(h.suspense, 0),
+                      coalesce(h.holds, 0)),
+               format('%s and %s in suspense by %s', w.held, w.suspense, w.live)
         FROM ledger.budget_window w LEFT JOIN (
-            SELECT l.tenant_id, l.window_id, sum(l.held) AS held, count(*) AS holds
+            SELECT l.tenant_id, l.window_id, count(*) AS holds,
+                   coalesce(sum(l.held) FILTER (WHERE o.state = 'open'), 0) AS held,
+                   coalesce(sum(l.held) FILTER (WHERE o.state = 'suspense'), 0) AS suspense
             FROM ledger.hold_line l JOIN ledger.hold o USING (tenant_id, month, request_id)
             WHERE o.state IN ('open', 'suspense') GROUP BY 1, 2) AS h USING (tenant_id, window_id)
-        WHERE coalesce(h.held, 0) <> w.held + w.suspense OR coalesce(h.holds, 0) <> w.live""",
+        WHERE (coalesce(h.held, 0), coalesce(h.suspense, 0), coalesce(h.holds, 0)) <> (w.held, w.suspense, w.live)""",
     "no hard window is above its ceiling": """
         SELECT format('window %s of %s', window_id, tenant_id), ceiling, spent + held + suspense
         FROM ledger.budget_window
@@ -92,7 +96,9 @@ CHECKS: dict[str, str] = {
         WHERE NOT CASE
             WHEN debit = 'available' AND credit = 'held' THEN seq BETWEEN 0 AND 999999
             WHEN debit = 'funding' AND credit = 'available' OR debit = 'available' AND credit = 'funding' THEN seq = 0
-            WHEN debit = 'held' AND credit = 'suspense' THEN seq <> 1000000
+            WHEN debit = 'held' AND credit = 'suspense' THEN seq = 1000001
+            WHEN seq = 1000002 THEN (debit, credit) IN (('available', 'spent'), ('spent', 'available'),
+                ('funding', 'overrun'), ('overrun', 'funding'))
             ELSE seq = 1000000 AND (debit, credit) IN (('held', 'spent'), ('held', 'available'), ('available', 'spent'),
                 ('funding', 'overrun'), ('suspense', 'spent'), ('suspense', 'available'))
         END""",
@@ -166,8 +172,8 @@ CHECKS: dict[str, str] = {
                o.state || ', ' || r.amount_pico || ' pico-USD, ' || r.input_tokens + r.output_tokens || ' tokens, '
                    || (r.facts ->> 'requests') || ' requests'
         FROM ledger.request r JOIN ledger.hold o USING (tenant_id, month, request_id)
-        WHERE (o.state = 'void' AND (r.amount_pico, r.input_tokens, r.output_tokens) <> (0, 0, 0))
-           OR (o.state = 'void') <> ((r.facts ->> 'requests')::numeric = 0)""",
+        WHERE ((r.facts ->> 'requests')::numeric = 0 AND (r.amount_pico, r.input_tokens, r.output_tokens) <> (0, 0, 0))
+           OR (o.state <> 'corrected' AND (o.state = 'void') <> ((r.facts ->> 'requests')::numeric = 0))""",
     "every window was charged what the request cost, once": """
         SELECT format('request %s, window %s', l.request_id, l.window_id), c.due, coalesce(p.charged, 0)
         FROM ledger.hold_line l
@@ -179,11 +185,71 @@ CHECKS: dict[str, str] = {
             ELSE CASE w.token_kind WHEN 'input' THEN r.input_tokens WHEN 'output' THEN r.output_tokens
                                    ELSE r.input_tokens + r.output_tokens END END AS due) AS c
         LEFT JOIN (
-            SELECT tenant_id, month, source_id, window_id, sum(amount) AS charged FROM ledger.posting
-            WHERE credit IN ('spent', 'overrun') GROUP BY 1, 2, 3, 4) AS p
+            SELECT tenant_id, month, source_id, window_id,
+                   sum(CASE WHEN credit IN ('spent', 'overrun') THEN amount ELSE -amount END) AS charged
+            FROM ledger.posting
+            WHERE credit IN ('spent', 'overrun') OR debit IN ('spent', 'overrun') GROUP BY 1, 2, 3, 4) AS p
           ON p.tenant_id = l.tenant_id AND p.month = l.month AND p.source_id = l.request_id
          AND p.window_id = l.window_id
         WHERE c.due <> coalesce(p.charged, 0)""",
+    "what a holder left behind went to suspense, whole, and came out once": """
+        SELECT format('request %s, window %s', l.request_id, l.window_id), o.state || ' of ' || l.held,
+               coalesce(p.moved, 0) || ' in, ' || coalesce(p.cleared, 0) || ' out'
+        FROM ledger.hold_line l JOIN ledger.hold o USING (tenant_id, month, request_id) LEFT JOIN (
+            SELECT tenant_id, month, source_id, window_id, sum(amount) FILTER (WHERE credit = 'suspense') AS moved,
+                   sum(amount) FILTER (WHERE debit = 'suspense') AS cleared
+            FROM ledger.posting WHERE 'suspense' IN (debit, credit) GROUP BY 1, 2, 3, 4) AS p
+          ON p.tenant_id = l.tenant_id AND p.month = l.month AND p.source_id = l.request_id
+         AND p.window_id = l.window_id
+        WHERE (coalesce(p.moved, 0), coalesce(p.cleared, 0)) <> (
+            CASE WHEN o.suspense_at IS NULL THEN 0 ELSE l.held END,
+            CASE WHEN o.suspense_at IS NULL OR o.state = 'suspense' THEN 0 ELSE l.held END)
+           OR o.state IN ('suspense', 'charged_by_policy', 'corrected') AND o.suspense_at IS NULL
+           OR o.state = 'open' AND o.suspense_at IS NOT NULL""",
+    "a checkpoint is the sum of its lines": """
+        SELECT format('request %s', o.request_id),
+               format('%s in, %s out, %s', c.input_tokens, c.output_tokens, c.amount),
+               format('%s in, %s out, %s', o.checkpoint_input_tokens, o.checkpoint_output_tokens,
+                      o.checkpoint_amount_pico)
+        FROM ledger.hold o CROSS JOIN LATERAL (
+            SELECT coalesce(sum(x.quantity) FILTER (WHERE x.class IN
+                       ('input', 'cache_read', 'cache_write', 'audio_input')), 0) AS input_tokens,
+                   coalesce(sum(x.quantity) FILTER (WHERE x.class IN
+                       ('output', 'reasoning', 'audio_output')), 0) AS output_tokens,
+                   coalesce(sum(x.quantity * x.rate_pico), 0) AS amount
+            FROM jsonb_to_recordset(o.checkpoint_lines) AS x (class text, quantity numeric, rate_pico numeric)) AS c
+        WHERE (c.input_tokens, c.output_tokens, c.amount)
+            <> (o.checkpoint_input_tokens, o.checkpoint_output_tokens, o.checkpoint_amount_pico)""",
+    "a charge by policy says so and is within its hold": """
+        SELECT format('request %s, window %s', o.request_id, l.window_id),
+               'crashed by checkpoint or hold, at most ' || l.held,
+               format('%s by %s, %s', r.outcome, r.facts ->> 'policy', coalesce(p.charged, 0))
+        FROM ledger.hold o
+        JOIN ledger.request r USING (tenant_id, month, request_id)
+        JOIN ledger.hold_line l USING (tenant_id, month, request_id)
+        LEFT JOIN (
+            SELECT tenant_id, month, source_id, window_id, sum(amount) AS charged FROM ledger.posting
+            WHERE seq = 1000000 AND credit IN ('spent', 'overrun') GROUP BY 1, 2, 3, 4) AS p
+          ON p.tenant_id = l.tenant_id AND p.month = l.month AND p.source_id = l.request_id
+         AND p.window_id = l.window_id
+        WHERE o.state IN ('charged_by_policy', 'corrected') AND coalesce(p.charged, 0) > l.held
+           OR (o.state = 'charged_by_policy') <> coalesce(r.facts ->> 'policy' IN ('checkpoint', 'hold'), false)
+           OR o.state = 'charged_by_policy' AND r.outcome <> 'crashed'""",
+    "a correction takes back what the policy charged, and nothing else is corrected": """
+        SELECT format('request %s', o.request_id), o.state || ', nothing is left of entry 0',
+               format('last entry %s, %s', u.last_entry, u.left_over)
+        FROM ledger.hold o
+        CROSS JOIN LATERAL (
+            SELECT coalesce(sum(c.tokens), 0) AS left_over, coalesce(max(c.last_entry), 0) AS last_entry
+            FROM (
+                SELECT abs(sum(x.quantity) FILTER (WHERE x.entry <= 1)) AS tokens, max(x.entry) AS last_entry
+                FROM ledger.usage_line x
+                WHERE x.tenant_id = o.tenant_id AND x.month = o.month AND x.request_id = o.request_id
+                GROUP BY x.class, CASE WHEN x.entry <= 1 THEN x.rate_pico END) AS c) AS u
+        WHERE o.state = 'corrected' AND u.left_over <> 0
+           OR o.state <> 'corrected' AND (u.last_entry > 0 OR EXISTS (
+                SELECT FROM ledger.posting p WHERE p.tenant_id = o.tenant_id AND p.month = o.month
+                   AND p.source_id = o.request_id AND p.seq > 1000001))""",
     "every ended hold has its request, and every request its hold": """
         SELECT format('request %s', coalesce(o.request_id, r.request_id)),
                coalesce(o.state, 'a hold'), coalesce(r.outcome, 'no request')

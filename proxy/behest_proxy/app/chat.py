@@ -185,7 +185,7 @@ def _admission(
     return Admission(
         tenant_id=caller.tenant_id,
         request_id=context.request_id,
-        holder_id=gateway.holder_id,
+        holder_id=gateway.holder.holder_id,
         attributes=attributes,
         price_key=model.rates.price_key,
         input_tokens=hold.input_tokens,

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from behest_ledger.charging import Outcome
 from behest_ledger.holds import Admission, Answer, Granted, Refused
 from behest_ledger.prices.rates import Rates
-from behest_ledger.settlement import settlement_for
+from behest_ledger.settlement import lines_of, settlement_for
 from behest_ledger.store.credit import Account
 from behest_ledger.store.errors import LedgerError
+from behest_ledger.store.holders import Checkpoint
 from behest_proxy.actions import (
     Action,
     AskCredit,
@@ -82,6 +83,7 @@ class Conduct:
         self._context = context
         self._exchange: Exchange | None = None
         self._grant: Granted | None = None
+        self._checkpointed = (-1, 0, 0)
         self._granted_tokens = 0
         self._account: Account | None = None
         self._call: UpstreamCall | None = None
@@ -137,6 +139,19 @@ class Conduct:
         else:
             self._perform(self._exchange.stop(outcome, error, self._loop.time()))
 
+    def checkpoint(self) -> Checkpoint | None:
+        """How far the request has come; None where that is no farther than the last time."""
+        exchange = self._exchange
+        if exchange is None or self._account is None or exchange.forwarded == self._checkpointed:
+            return None
+        self._checkpointed = exchange.forwarded
+        charge = exchange.charge_if_lost(self._loop.time())
+        return Checkpoint(
+            tenant_id=self._admission.tenant_id,
+            request_id=self._admission.request_id,
+            lines=lines_of(charge, self._rates),
+        )
+
     # --- the upstream call's handler ---------------------------------------------------------------------------
 
     def on_request_sent(self) -> None:
@@ -155,6 +170,9 @@ class Conduct:
         assert self._exchange is not None
         now_s = self._loop.time()
         exchange = self._exchange
+        if not self._gateway.holder.lives:
+            self._gateway.lose_all()
+            return
         if self._first_byte_s is None:
             self._first_byte_s = now_s
             self._trace.first_byte()

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from uuid import UUID, uuid4
+from uuid import UUID
 
 from behest_ledger.charging import Outcome
 from behest_ledger.configuration.snapshot import Configuration
@@ -19,12 +19,14 @@ from behest_ledger.store import holds, identity
 from behest_ledger.store.configuration import load_configuration
 from behest_ledger.store.credit import CreditDesk
 from behest_ledger.store.errors import LedgerError
+from behest_ledger.store.holders import Checkpoint
 from behest_ledger.store.holds import Settled
 from behest_ledger.store.migrate import check_schema
 from behest_ledger.store.pool import Connection, open_pool
 from behest_ledger.store.prices import load_current_book
 from behest_ledger.store.writer import SettlementWriter
 from behest_proxy.app.conduct import Conduct
+from behest_proxy.app.holder import Holder
 from behest_proxy.app.memory import Memory
 from behest_proxy.app.origins import project_allows
 from behest_proxy.app.settings import Settings
@@ -49,7 +51,7 @@ class Gateway:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.holder_id: UUID = uuid4()
+        self.holder = Holder(name=settings.name, on_lost=self.lose_all, checkpoints=self._checkpoints)
         self.signing_key = SigningKey.load(settings.signing_key_file.read_bytes())
         self.upstream = UpstreamClient()
         self.configuration = Configuration(version=0)
@@ -68,6 +70,7 @@ class Gateway:
         self.draining = False
         self._poll_task: asyncio.Task[None] | None = None
         self._memory_task: asyncio.Task[None] | None = None
+        self._holder_task: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._ledger_heard_s = 0.0
 
@@ -87,6 +90,7 @@ class Gateway:
             public_pem=self.signing_key.public_pem(),
         )
         await self._load()
+        await self.holder.register(self.pool)
         warm()
         self.writer.start()
         left = self.memory.left()
@@ -95,6 +99,7 @@ class Gateway:
         if left:
             logger.warning("settling %d requests that an earlier life of this process left", len(left))
         self._memory_task = asyncio.create_task(self.memory.run(), name="journal sync")
+        self._holder_task = asyncio.create_task(self.holder.run(self.pool), name="holder")
         self._poll_task = asyncio.create_task(self._poll(), name="configuration poll")
 
     async def drain(self) -> None:
@@ -108,7 +113,7 @@ class Gateway:
 
     async def aclose(self) -> None:
         """Write what is left to the books and close everything."""
-        for task in (self._poll_task, self._memory_task):
+        for task in (self._poll_task, self._memory_task, self._holder_task):
             if task is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
@@ -117,6 +122,8 @@ class Gateway:
             logger.error("%d settlements could not be written before the end", self.writer.backlog)
         await self.writer.aclose()
         await self.desk.aclose()
+        if self.pool is not None:
+            await self.holder.unregister(self.pool)
         await self.upstream.aclose()
         await self.api_keys.aclose()
         if self.pool is not None:
@@ -161,6 +168,17 @@ class Gateway:
     def ended(self, conduct: Conduct) -> None:
         """The request was settled."""
         self.live.discard(conduct)
+
+    def lose_all(self) -> None:
+        """What this process holds is not its own any more: every stream ends."""
+        for conduct in list(self.live):
+            conduct.stop(
+                Outcome.LEDGER_UNAVAILABLE,
+                LedgerUnavailable("the ledger could not be reached for too long", retry_after_s=1),
+            )
+
+    def _checkpoints(self) -> list[Checkpoint]:
+        return [found for conduct in self.live if (found := conduct.checkpoint()) is not None]
 
     def may_read(self, origin: str) -> bool:
         """Whether any project allows scripts of this origin."""

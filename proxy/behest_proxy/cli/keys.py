@@ -2,11 +2,11 @@
 
 import argparse
 import asyncio
-import contextlib
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from behest_proxy.cli.database import dsn_from
+from behest_proxy.cli.database import add_database_arguments, dsn_from, ledger_errors_shown
+from behest_proxy.cli.tables import print_table
 from behest_proxy.cli.terminal import Terminal, UserError
 from behest_proxy.identity.caller import ROLES, is_clean_text
 
@@ -49,18 +49,20 @@ def add_parser(subparsers: Any) -> None:
 
     for action in (create, listing, revoke, signing):
         action.add_argument("--tenant", metavar="NAME", help="only in this tenant (default: the project's)")
-        action.add_argument(
-            "--data-dir", default=".behest", metavar="DIR", help="of `behest up`, whose database is used"
-        )
-        action.add_argument("--database-url", metavar="URL", help="the ledger's database")
+        add_database_arguments(action)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Do it. Raises `UserError` for what the person can put right."""
+    from behest_ledger.store.identity import KeyConflictError
+
     actions = {"create": _create, "list": _list, "revoke": _revoke, "signing": _signing}
     dsn = dsn_from(arguments)
-    with _ledger_errors_shown():
-        return asyncio.run(actions[arguments.action](dsn, arguments, Terminal()))
+    with ledger_errors_shown():
+        try:
+            return asyncio.run(actions[arguments.action](dsn, arguments, Terminal()))
+        except KeyConflictError as error:
+            raise UserError(str(error), "see `behest keys signing` and `behest keys list`") from error
 
 
 async def _create(dsn: str, arguments: argparse.Namespace, terminal: Terminal) -> int:
@@ -161,27 +163,7 @@ async def _signing(dsn: str, arguments: argparse.Namespace, terminal: Terminal) 
 
 
 def _table(terminal: Terminal, header: Sequence[str], rows: Sequence[Sequence[str]], *, nothing: str) -> None:
-    if not rows:
+    if rows:
+        print_table(terminal, header, rows)
+    else:
         terminal.line(nothing)
-        return
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    for number, row in enumerate([header, *rows]):
-        text = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        terminal.line(terminal.bold(text) if number == 0 else text)
-
-
-@contextlib.contextmanager
-def _ledger_errors_shown() -> Generator[None]:
-    from behest_ledger.store.errors import LedgerUnavailableError, SchemaError
-    from behest_ledger.store.identity import KeyConflictError
-
-    try:
-        yield
-    except LedgerUnavailableError as error:
-        raise UserError(
-            f"the ledger's database does not answer ({error})", "start it with `behest up`, or check DATABASE_URL"
-        ) from error
-    except SchemaError as error:
-        raise UserError("the database has no ledger of this version", "run `behest ledger migrate`") from error
-    except KeyConflictError as error:
-        raise UserError(str(error), "see `behest keys signing` and `behest keys list`") from error

@@ -2,6 +2,10 @@
 
 import argparse
 import asyncio
+import contextlib
+import logging
+import signal
+import sys
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -11,7 +15,7 @@ from behest_proxy.cli.database import add_database_arguments, dsn_from, ledger_e
 def add_parser(subparsers: Any) -> None:
     """Add `ledger` and its own commands."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
-        "ledger", help="the books: migrate, verify, top", description="The books."
+        "ledger", help="the books: migrate, verify, top, keep", description="The books."
     )
     commands = parser.add_subparsers(dest="ledger_command", required=True, metavar="COMMAND")
     migrate = commands.add_parser("migrate", help="bring the schema to this version")
@@ -23,16 +27,76 @@ def add_parser(subparsers: Any) -> None:
     top = commands.add_parser("top", help="who spends what: sessions, users and models by cost")
     top.add_argument("--hours", type=float, default=24.0, help="how far to look back (default: %(default)s)")
     top.add_argument("--limit", type=int, default=20, help="rows (default: %(default)s)")
-    for command in (migrate, verify, top):
+    keep = commands.add_parser(
+        "keep",
+        help="end what sidecars left behind, until stopped",
+        description="Run the keeper until SIGTERM or SIGINT: holds of sidecars that are gone go to suspense and are"
+        " charged after a period of grace; partitions are made ahead. Of several keepers one works, others stand by.",
+    )
+    keep.add_argument(
+        "--interval", type=_seconds, default=5.0, metavar="SECONDS", help="between two rounds (default: %(default)s)"
+    )
+    keep.add_argument(
+        "--grace-hours",
+        type=_hours,
+        default=24.0,
+        metavar="HOURS",
+        help="how long a request waits for the journal of its sidecar (default: %(default)s)",
+    )
+    keep.add_argument(
+        "--policy",
+        choices=("checkpoint", "hold"),
+        default="checkpoint",
+        help="what it is charged after that: its last checkpoint, or all that was held (default: %(default)s)",
+    )
+    for command in (migrate, verify, top, keep):
         add_database_arguments(command)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run one of the ledger's commands."""
     dsn = dsn_from(arguments)
-    act = {"migrate": _migrate, "verify": _verify, "top": _top}[arguments.ledger_command]
+    act = {"migrate": _migrate, "verify": _verify, "top": _top, "keep": _keep}[arguments.ledger_command]
     with ledger_errors_shown():
         return asyncio.run(act(dsn, arguments))
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0.1 <= value <= 3600:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0.1 and 3600 seconds")
+    return value
+
+
+def _hours(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 10_000:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 10000 hours")
+    return value
+
+
+async def _keep(dsn: str, arguments: argparse.Namespace) -> int:
+    from behest_ledger.store.errors import LedgerUnavailableError
+    from behest_ledger.store.keeper import Keeper
+    from behest_ledger.store.migrate import check_schema
+    from behest_ledger.store.pool import connect
+
+    # A wrong schema is told at once; a database that is away is waited for.
+    with contextlib.suppress(LedgerUnavailableError):
+        connection = await connect(dsn)
+        try:
+            await check_schema(connection)
+        finally:
+            await connection.close()
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    keeper = Keeper(dsn, interval_s=arguments.interval, grace_s=arguments.grace_hours * 3600, policy=arguments.policy)
+    loop = asyncio.get_running_loop()
+    work = loop.create_task(keeper.run(), name="keeper")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, work.cancel)
+    with contextlib.suppress(asyncio.CancelledError):
+        await work
+    return 0
 
 
 async def _migrate(dsn: str, _arguments: argparse.Namespace) -> int:
@@ -77,7 +141,8 @@ async def _top(dsn: str, arguments: argparse.Namespace) -> int:
     if not rows:
         print("nothing was spent yet")
         return 0
-    head = ("SESSION", "USER", "MODEL", "PROJECT", "REQUESTS", "LIVE", "INPUT", "OUTPUT", "COST (USD)")
+    # What runs now is in the sums as far as its checkpoints say, and its cost is shown apart too.
+    head = ("SESSION", "USER", "MODEL", "PROJECT", "REQUESTS", "LIVE", "INPUT", "OUTPUT", "COST (USD)", "LIVE (USD)")
     table = [
         (
             row.session_id,
@@ -86,9 +151,10 @@ async def _top(dsn: str, arguments: argparse.Namespace) -> int:
             row.project_id,
             str(row.requests),
             str(row.live),
-            str(row.input_tokens),
-            str(row.output_tokens),
-            usd_from_pico(row.amount_pico),
+            str(row.input_tokens + row.live_input_tokens),
+            str(row.output_tokens + row.live_output_tokens),
+            usd_from_pico(row.amount_pico + row.live_amount_pico),
+            usd_from_pico(row.live_amount_pico),
         )
         for row in rows
     ]

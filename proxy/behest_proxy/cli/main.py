@@ -53,7 +53,7 @@ COMMANDS: dict[str, Command] = {
     "get": Command("behest_proxy.cli.get", "show what is configured and what is spent", _SET),
     "keys": Command("behest_proxy.cli.keys", "create, list and revoke API keys; signing keys", _SET),
     "prices": Command("behest_proxy.cli.prices", "show, compare and update the price book", _SET),
-    "ledger": Command("behest_proxy.cli.ledger", "migrate, verify, keep, export, watch", _BOOKS),
+    "ledger": Command("behest_proxy.cli.ledger", "migrate, verify, top, keep", _BOOKS),
 }
 
 EXTRAS: dict[str, Command] = {

@@ -187,6 +187,7 @@ class Up:
         demo = demo_steps.Demo(dsn, upstream_url, self._arguments.upstream_key_env, secrets.api_key)
         for label, act in demo_steps.STEPS:
             await self._ledger_step(label, act(demo))
+        self._start_keeper(dsn)
         sidecar = await self._start_sidecar(dsn, secrets)
         token = await self._mint(secrets)
         self._write_ready(demo, sidecar)
@@ -250,6 +251,18 @@ class Up:
                     return url
                 await asyncio.sleep(0.02)
         raise StepError(f"the simulator was not ready within {_SIMULATOR_S:.0f} s; see {simulator.log}")
+
+    def _start_keeper(self, dsn: str) -> None:
+        """What looks after holds whose sidecar does not come back, and after the months ahead."""
+        self._supervisor.add(
+            Guarded.start(
+                "the keeper",
+                [*BEHEST, "ledger", "keep"],
+                log=self._folder.logs / "keeper.log",
+                environment={**self._environment, "BEHEST_DATABASE_URL": dsn},
+                stop=Stop(grace_s=0.5),
+            )
+        )
 
     async def _start_sidecar(self, dsn: str, secrets: _Secrets) -> Guarded:
         environment = {

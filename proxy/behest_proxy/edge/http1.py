@@ -8,12 +8,11 @@ no longer read, and TCP holds the client back.
 
 import asyncio
 import logging
-import ssl
-from typing import cast
 
 import h11
 
-from behest_proxy.edge.heads import BadHead, answer_headers, http_scope, peer_address
+from behest_proxy.edge.connection import ClientConnection
+from behest_proxy.edge.heads import BadHead, answer_headers
 from behest_proxy.edge.host import EdgeHost
 from behest_proxy.edge.http1_stream import Http1Stream, reason_phrase
 from behest_proxy.errors import InvalidRequest
@@ -21,39 +20,25 @@ from behest_proxy.errors import InvalidRequest
 log = logging.getLogger(__name__)
 
 
-class Http1Connection(asyncio.Protocol):
+class Http1Connection(ClientConnection):
     """A client's HTTP/1.1 (or 1.0) connection: one request at a time."""
 
-    transport: asyncio.Transport
-
     def __init__(self, host: EdgeHost) -> None:
-        self.host = host
+        super().__init__(host)
         self.machine = h11.Connection(h11.SERVER, max_incomplete_event_size=host.limits.header_list_bytes)
         self.stream: Http1Stream | None = None
-        self.write_paused = False
-        self.is_open = False
         self.last_request = False
-        self._scheme = "http"
         self._requests = 0
         self._pipelined = bytearray()
         self._reading = True
         self._lingering_bytes: int | None = None  # None: not lingering; else what may still be dropped
-        self._timer: asyncio.TimerHandle | None = None
         self._head_begun = False
 
     # --- asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Wait for a request."""
-        self.transport = cast("asyncio.Transport", transport)
-        self.is_open = True
-        high = self.host.limits.write_buffer_high_bytes
-        self.transport.set_write_buffer_limits(high=high, low=high // 4)
-        tls: ssl.SSLObject | None = transport.get_extra_info("ssl_object")
-        self._scheme = "http" if tls is None else "https"
-        self._client = peer_address(transport.get_extra_info("peername"))
-        self._server = peer_address(transport.get_extra_info("sockname"))
-        self.host.add(self)
+        super().connection_made(transport)
         self._set_timer(self.host.limits.idle_timeout_s)
 
     def data_received(self, data: bytes) -> None:
@@ -72,20 +57,6 @@ class Http1Connection(asyncio.Protocol):
             return
         self.machine.receive_data(data)
         self.advance()
-
-    def eof_received(self) -> bool:
-        """The client closed its side: over TCP that cannot be told from a close, so its request ends."""
-        self._lose()
-        self._close()
-        return False
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """The socket is gone; a request that was running learns of it now."""
-        del exc
-        self.is_open = False
-        self._cancel_timer()
-        self._lose()
-        self.host.remove(self)
 
     def pause_writing(self) -> None:
         """The socket does not take more."""
@@ -153,15 +124,11 @@ class Http1Connection(asyncio.Protocol):
             self._refuse(501, "CONNECT is not offered")
             return
         try:
-            scope = http_scope(
+            scope = self._scope_of(
                 http_version=request.http_version.decode("ascii"),
                 method=request.method,
                 target=request.target,
                 headers=list(request.headers),
-                scheme=self._scheme,
-                client=self._client,
-                server=self._server,
-                state=self.host.state,
             )
         except BadHead as error:
             self._refuse(400, str(error))
@@ -238,23 +205,10 @@ class Http1Connection(asyncio.Protocol):
         elif self.is_open:
             self._close()
 
-    def abort(self) -> None:
-        """Drop the socket with whatever is buffered: the client sees that its answer has no end."""
-        self.is_open = False
-        self._lose()
-        self.transport.abort()
-
     def _lose(self) -> None:
         stream, self.stream = self.stream, None
         if stream is not None:
             stream.lose()
-
-    def _close(self) -> None:
-        """Close behind what is buffered; abort when the client does not take that either."""
-        if self.is_open:
-            self.is_open = False
-            self.transport.close()
-            self._set_timer(self.host.limits.close_timeout_s)
 
     def _linger(self) -> None:
         """Close our side, and drop for a while what the client still sends.
@@ -268,13 +222,7 @@ class Http1Connection(asyncio.Protocol):
             self.transport.write_eof()
 
     def _set_timer(self, delay_s: float) -> None:
-        self._cancel_timer()
-        self._timer = self.host.loop.call_later(delay_s, self._timed_out)
-
-    def _cancel_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._call_later(delay_s, self._timed_out)
 
     def _timed_out(self) -> None:
         self._timer = None

@@ -13,8 +13,6 @@ What keeps it bounded:
 
 import asyncio
 import logging
-import ssl
-from typing import cast
 
 from h2.errors import ErrorCodes
 from h2.events import (
@@ -30,9 +28,10 @@ from h2.events import (
 )
 from h2.exceptions import ProtocolError
 
+from behest_proxy.edge.connection import ClientConnection
 from behest_proxy.edge.direct import Header
 from behest_proxy.edge.h2_machine import LAST_POSSIBLE_STREAM, H2Machine
-from behest_proxy.edge.heads import BadHead, answer_headers, http_scope, peer_address
+from behest_proxy.edge.heads import BadHead, answer_headers
 from behest_proxy.edge.host import EdgeHost
 from behest_proxy.edge.http2_stream import Http2Stream
 from behest_proxy.edge.served import call_back
@@ -44,18 +43,14 @@ _DRAIN_ROUND_TRIP_S = 1.0
 _OUTBOX_BYTES_MAX = 16 * 1024
 
 
-class Http2Connection(asyncio.Protocol):
+class Http2Connection(ClientConnection):
     """A client's HTTP/2 connection, by ALPN or prior knowledge."""
 
-    transport: asyncio.Transport
-
     def __init__(self, host: EdgeHost) -> None:
-        self.host = host
+        super().__init__(host)
         self.machine = H2Machine(host.limits)
         self.streams: dict[int, Http2Stream] = {}
         self.blocked: dict[int, Http2Stream] = {}
-        self.write_paused = False
-        self.is_open = False
         self._requests = 0
         self._uncredited = 0
         self._outbox: list[bytes] = []
@@ -64,23 +59,14 @@ class Http2Connection(asyncio.Protocol):
         self._client_left = False
         self._refusing = False
         self._idle_since = 0.0
-        self._timer: asyncio.TimerHandle | None = None
 
     # --- asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The preface is under way: send our SETTINGS."""
-        self.transport = cast("asyncio.Transport", transport)
-        self.is_open = True
-        high = self.host.limits.write_buffer_high_bytes
-        self.transport.set_write_buffer_limits(high=high, low=high // 4)
-        tls: ssl.SSLObject | None = transport.get_extra_info("ssl_object")
-        self._scheme = "http" if tls is None else "https"
-        self._client = peer_address(transport.get_extra_info("peername"))
-        self._server = peer_address(transport.get_extra_info("sockname"))
-        self.host.add(self)
+        super().connection_made(transport)
         self._idle_since = self.host.loop.time()
-        self._timer = self.host.loop.call_later(self.host.limits.idle_timeout_s, self._look_whether_idle)
+        self._call_later(self.host.limits.idle_timeout_s, self._look_whether_idle)
         self.flush()
 
     def data_received(self, data: bytes) -> None:
@@ -106,20 +92,6 @@ class Http2Connection(asyncio.Protocol):
         if self.is_open and self.transport.get_write_buffer_size() > self.host.limits.control_buffer_bytes:
             log.warning("a client makes us answer frames and reads nothing: connection aborted")
             self.abort()
-
-    def eof_received(self) -> bool:
-        """The client closed its side: over TCP that cannot be told from a close, so its requests end."""
-        self._lose_all()
-        self._close()
-        return False
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """The socket is gone; requests that were running learn of it now."""
-        del exc
-        self.is_open = False
-        self._cancel_timer()
-        self._lose_all()
-        self.host.remove(self)
 
     def pause_writing(self) -> None:
         """The socket does not take more: every stream pauses."""
@@ -183,16 +155,7 @@ class Http2Connection(asyncio.Protocol):
             self._answer_bare(stream_id, status=501)
             return
         try:
-            scope = http_scope(
-                http_version="2",
-                method=method,
-                target=target,
-                headers=headers,
-                scheme=self._scheme,
-                client=self._client,
-                server=self._server,
-                state=self.host.state,
-            )
+            scope = self._scope_of(http_version="2", method=method, target=target, headers=headers)
         except BadHead:
             self._answer_bare(stream_id, status=400)
             return
@@ -319,8 +282,7 @@ class Http2Connection(asyncio.Protocol):
         self.machine.queue_goaway(last_stream_id=LAST_POSSIBLE_STREAM)
         self.machine.ping(_DRAIN_PING)
         self.flush()
-        self._cancel_timer()
-        self._timer = self.host.loop.call_later(_DRAIN_ROUND_TRIP_S, self._refuse_from_now)
+        self._call_later(_DRAIN_ROUND_TRIP_S, self._refuse_from_now)
 
     def _refuse_from_now(self) -> None:
         if not self._refusing and self.is_open:
@@ -348,9 +310,9 @@ class Http2Connection(asyncio.Protocol):
         """The client broke the protocol: `h2` has queued the GOAWAY that says how."""
         self.flush()
         self._close()
-        self._lose_all()
+        self._lose()
 
-    def _lose_all(self) -> None:
+    def _lose(self) -> None:
         streams = list(self.streams.values())
         self.streams.clear()
         self.blocked.clear()
@@ -359,19 +321,8 @@ class Http2Connection(asyncio.Protocol):
             call_back(on_gone)
 
     def _close(self) -> None:
-        """Close behind what is buffered; abort when the client does not take that either."""
-        if self.is_open:
-            self.flush()
-            self.is_open = False
-            self._cancel_timer()
-            self.transport.close()
-            self._timer = self.host.loop.call_later(self.host.limits.close_timeout_s, self.transport.abort)
-
-    def abort(self) -> None:
-        """Drop the socket with whatever is buffered."""
-        self.is_open = False
-        self._lose_all()
-        self.transport.abort()
+        self.flush()  # GOAWAY, or the last frames of streams
+        super()._close()
 
     def _look_whether_idle(self) -> None:
         """One timer per connection, set anew only when it fires: requests come far more often."""
@@ -384,8 +335,3 @@ class Http2Connection(asyncio.Protocol):
             self._close()
         else:
             self._timer = self.host.loop.call_at(due, self._look_whether_idle)
-
-    def _cancel_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None

@@ -187,6 +187,8 @@ class Http2Connection(asyncio.Protocol):
             self._deliver_touched()
             self._break_off("the peer broke the rules of HTTP/2")
             return
+        # What `h2` answers goes out once a read: asyncio's transport sums up all its buffers at every write.
+        self._flush()
         self._deliver_touched()
         if self._owed_bytes >= CONNECTION_WINDOW_BYTES // 4:
             self._transport.write(frames.window_update(0, self._owed_bytes))
@@ -287,7 +289,6 @@ class Http2Connection(asyncio.Protocol):
     def _tell_h2(self, frame: bytes) -> None:
         for event in self._h2.receive_data(frame):
             self._react(event)
-        self._flush()
 
     def _react(self, event: Event) -> None:
         match event:

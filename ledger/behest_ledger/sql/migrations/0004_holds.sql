@@ -51,7 +51,7 @@ $$;
 --   p_need        output tokens without which it is not worth to begin; p_want: the wish
 --   p_shares      the grant is at most 1/(p_shares x live) of what a window has left
 -- Answers {"verdict": "granted" | "refused" | "void", ...}. Asking again with the same id gives the first answer while
--- the hold is open, and "void" when it has ended.
+-- the hold is open, and "void" when it has ended, or when the holder has (0007_holders.sql).
 CREATE FUNCTION ledger.admit_v1(
     p_tenant text, p_request uuid, p_holder uuid, p_attributes jsonb, p_price_key text,
     p_input_tokens bigint, p_input_amount numeric, p_output_rate numeric,
@@ -79,6 +79,9 @@ BEGIN
     WHERE h.tenant_id = p_tenant AND h.month = v_month AND h.request_id = p_request FOR UPDATE;
     IF FOUND THEN
         RETURN CASE WHEN v_hold.state = 'open' THEN v_hold.answer ELSE '{"verdict": "void"}' END;
+    END IF;
+    IF NOT ledger.holder_may_admit_v1(p_holder) THEN
+        RETURN '{"verdict": "void"}';
     END IF;
 
     SELECT p.suspended INTO v_suspended FROM ledger.project p
@@ -142,8 +145,9 @@ BEGIN
     v_answer := jsonb_build_object('verdict', 'granted', 'output_tokens', v_grant, 'windows', v_windows,
                                    'bound_by', v_bound_by);
     INSERT INTO ledger.hold (tenant_id, month, request_id, state, holder_id, attributes, price_key, output_rate_pico,
-                             granted_output_tokens, answer)
-    VALUES (p_tenant, v_month, p_request, 'open', p_holder, p_attributes, p_price_key, p_output_rate, v_grant, v_answer)
+                             granted_output_tokens, answer, input_tokens, input_amount_pico)
+    VALUES (p_tenant, v_month, p_request, 'open', p_holder, p_attributes, p_price_key, p_output_rate, v_grant, v_answer,
+            p_input_tokens, p_input_amount)
     ON CONFLICT DO NOTHING;
     IF NOT FOUND THEN
         -- The same id came twice at once, or its void overtook it: what is there counts, and nothing has moved here.

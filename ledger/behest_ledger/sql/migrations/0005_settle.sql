@@ -17,8 +17,9 @@ $$;
 --   amount_pico, facts (object), lines [{class, quantity, rate_pico, amount_pico, source}]
 -- Per window: spent += min(charge, held + room), the rest goes to `overrun`; the unspent part of the hold is free again.
 -- Of several items for one request the first counts.
--- Answers one row an item: "settled" (moved now), "already" (ended before; nothing moved), "unknown" (never admitted; a
--- tombstone is left, so that a late admission does nothing).
+-- Answers one row an item: "settled" (moved now), "already" (ended before; nothing moved), "corrected" (was charged by
+-- policy, and is charged this instead: 0007_holders.sql), "unknown" (never admitted; a tombstone is left, so that a late
+-- admission does nothing).
 -- Raises serialization_failure where an unknown request was admitted in the same moment: ask again.
 CREATE FUNCTION ledger.settle_batch_v1(p_items jsonb)
 RETURNS TABLE (request_id uuid, result text, overrun boolean)
@@ -28,14 +29,16 @@ DECLARE
     v_now timestamptz := clock_timestamp();
     v_known uuid[];                             -- items that have a hold, locked now
     v_moved uuid[];                             -- and those whose hold is not ended
+    v_late uuid[];                              -- and those whose hold was charged by policy meanwhile
     v_todo jsonb;                               -- the items that move something
     v_unknown integer;
     v_tombstones integer;
 BEGIN
     -- Locks in the one order that everybody keeps: holds by key, then windows by key.
     SELECT coalesce(array_agg(k.request_id), '{}'),
-           coalesce(array_agg(k.request_id) FILTER (WHERE k.state IN ('open', 'suspense')), '{}')
-    INTO v_known, v_moved
+           coalesce(array_agg(k.request_id) FILTER (WHERE k.state IN ('open', 'suspense')), '{}'),
+           coalesce(array_agg(k.request_id) FILTER (WHERE k.state = 'charged_by_policy'), '{}')
+    INTO v_known, v_moved, v_late
     FROM (
         SELECT h.request_id, h.state FROM ledger.hold h
         JOIN jsonb_to_recordset(p_items) AS i (tenant_id text, request_id uuid)
@@ -52,8 +55,9 @@ BEGIN
     PERFORM FROM ledger.budget_window w
     WHERE (w.tenant_id, w.window_id) IN (
         SELECT l.tenant_id, l.window_id FROM ledger.hold_line l
-        JOIN jsonb_to_recordset(v_todo) AS i (tenant_id text, request_id uuid)
-          ON l.tenant_id = i.tenant_id AND l.month = ledger.month_of_v1(i.request_id) AND l.request_id = i.request_id)
+        JOIN jsonb_to_recordset(p_items) AS i (tenant_id text, request_id uuid)
+          ON l.tenant_id = i.tenant_id AND l.month = ledger.month_of_v1(i.request_id) AND l.request_id = i.request_id
+        WHERE i.request_id = ANY (v_moved || v_late))
     ORDER BY w.tenant_id, w.window_id FOR UPDATE;
 
     -- Split every charge: from the hold, from the window's room in the order of the requests' ids, beyond it.
@@ -143,6 +147,10 @@ BEGIN
     FROM jsonb_to_recordset(v_todo) AS i (tenant_id text, request_id uuid, state text)
     WHERE h.tenant_id = i.tenant_id AND h.month = ledger.month_of_v1(i.request_id) AND h.request_id = i.request_id;
 
+    IF v_late <> '{}' THEN
+        PERFORM ledger.correct_locked_v1(p_items, v_late);
+    END IF;
+
     -- Tombstones last: who admits holds windows when it writes its hold, so nobody may wait for windows after them.
     SELECT count(DISTINCT (i.tenant_id, i.request_id)) INTO v_unknown
     FROM jsonb_to_recordset(p_items) AS i (tenant_id text, request_id uuid) WHERE i.request_id <> ALL (v_known);
@@ -163,10 +171,11 @@ BEGIN
     SELECT i.request_id,
            CASE WHEN i.request_id <> ALL (v_known) THEN 'unknown'
                 WHEN i.request_id = ANY (v_moved) THEN 'settled'
+                WHEN i.request_id = ANY (v_late) THEN 'corrected'
                 ELSE 'already' END,
            EXISTS (SELECT FROM ledger.posting p
                    WHERE p.tenant_id = i.tenant_id AND p.month = ledger.month_of_v1(i.request_id)
-                     AND p.source_id = i.request_id AND p.seq = 1000000 AND p.credit = 'overrun')
+                     AND p.source_id = i.request_id AND p.seq >= 1000000 AND p.credit = 'overrun')
     FROM jsonb_to_recordset(p_items) AS i (tenant_id text, request_id uuid);
 END
 $$;

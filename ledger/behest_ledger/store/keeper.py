@@ -1,0 +1,241 @@
+"""The keeper: one loop that ends what nobody else will end.
+
+It fences holders that are dead and moves their holds to suspense, charges what stayed there beyond the period of grace,
+makes the partitions of the months to come, and forgets holders of long ago. Many keepers may run, one works: the one
+that has an advisory lock of its own session. The lock saves work and is no condition of being right: each step is one
+function of the database that is whole, bounded, and may be called by anybody at any time.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from datetime import datetime, timedelta
+from typing import Any, Literal
+
+import asyncpg
+import msgspec
+
+from behest_ledger.money import usd_from_pico
+from behest_ledger.store.errors import LedgerConflictError, LedgerError, LedgerRefusedError, mapped
+from behest_ledger.store.migrate import PARTITIONS_AHEAD_MONTHS, check_schema
+from behest_ledger.store.pool import Connection, connect
+
+logger = logging.getLogger(__name__)
+
+Policy = Literal["checkpoint", "hold"]
+
+INTERVAL_S = 5.0
+GRACE_S = 24 * 3600.0
+BATCH_HOLDS_MAX = 200
+"""Holds moved in one commit: their windows are locked for so long."""
+BATCHES_MAX = 20
+"""Batches of one kind in one round."""
+HOUSEKEEPING_S = 3600.0
+"""Partitions and old holders are looked at this often."""
+HOLDERS_KEPT = timedelta(days=7)
+ROUND_TIMEOUT_S = 60.0
+RETRY_FIRST_S = 0.5
+RETRY_MAX_S = 15.0
+
+_LOCK_KEY = 0x6265_6B70  # "bekp"; a migration takes "behe"
+
+
+class KeeperReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What one round did."""
+
+    working: bool
+    """False: another keeper works, this one stands by."""
+    fenced: tuple[str, ...] = ()
+    """Name and id of each holder that was found dead."""
+    holds_to_suspense: int = 0
+    charged_requests: int = 0
+    charged_pico: int = 0
+    partitions_made: int = 0
+    holders_pruned: int = 0
+    more: bool = False
+    """There is more than one round may do."""
+
+
+class Keeper:
+    """One keeper on a connection of its own: the advisory lock belongs to the session.
+
+    `grace_s` is how long a hold waits in suspense for its journal, `policy` what it is charged after that:
+    "checkpoint" what its last checkpoint says, "hold" all that was held.
+    """
+
+    def __init__(
+        self, dsn: str, *, interval_s: float = INTERVAL_S, grace_s: float = GRACE_S, policy: Policy = "checkpoint"
+    ) -> None:
+        self._dsn = dsn
+        self._interval_s = interval_s
+        self._grace = timedelta(seconds=grace_s)
+        self._policy: Policy = policy
+        self._connection: Connection | None = None
+        self._writable_since: datetime | None = None
+        """Since when this session sees the database take writes; None while another keeper works. A restart or a
+        promotion ends the session, so nobody is reaped for renewals that could not be written meanwhile."""
+        self._housekeeping_due_s = 0.0
+        self._told_standby = False
+
+    async def run(self) -> None:
+        """Work until cancelled. Whatever the database does, it is tried again, later and later up to 15 s."""
+        retry_s = RETRY_FIRST_S
+        try:
+            while True:
+                try:
+                    report = await self.run_once()
+                except LedgerError as error:
+                    logger.warning("keeping the ledger failed, trying again in %.1f s: %s", retry_s, error)
+                    await asyncio.sleep(retry_s)
+                    retry_s = min(retry_s * 2, RETRY_MAX_S)
+                else:
+                    retry_s = RETRY_FIRST_S
+                    await asyncio.sleep(0 if report.more else self._interval_s)
+        finally:
+            await self.aclose()
+
+    async def run_once(self) -> KeeperReport:
+        """One round. Raises `LedgerError`; the next round connects again where that is needed."""
+        async with self._session() as connection:
+            if not await self._has_lock(connection):
+                if not self._told_standby:
+                    logger.info("another keeper works; standing by")
+                    self._told_standby = True
+                return KeeperReport(working=False)
+            fenced, suspended, more_to_reap = await self._reap(connection)
+            made, pruned = await self._keep_house(connection)
+            charged, charged_pico, more_to_charge = await self._charge(connection)
+        return KeeperReport(
+            working=True,
+            fenced=fenced,
+            holds_to_suspense=suspended,
+            charged_requests=charged,
+            charged_pico=charged_pico,
+            partitions_made=made,
+            holders_pruned=pruned,
+            more=more_to_reap or more_to_charge,
+        )
+
+    async def aclose(self) -> None:
+        """Give the lock back. The keeper can be used again."""
+        connection, self._connection, self._writable_since = self._connection, None, None
+        if connection is not None:
+            try:
+                await connection.close(timeout=1.0)
+            except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
+                connection.terminate()
+
+    @asynccontextmanager
+    async def _session(self) -> AsyncGenerator[Connection, None]:
+        """The connection. It is dropped with its lock after any fault that may mean that the database was away."""
+        try:
+            with mapped():
+                async with asyncio.timeout(ROUND_TIMEOUT_S):
+                    if self._connection is None:
+                        self._connection = await self._connect()
+                    yield self._connection
+        except BaseException as error:
+            if isinstance(error, (LedgerConflictError, LedgerRefusedError)) or isinstance(
+                error.__cause__, asyncpg.LockNotAvailableError
+            ):
+                raise
+            connection, self._connection, self._writable_since = self._connection, None, None
+            if connection is not None:
+                connection.terminate()
+            raise
+
+    async def _connect(self) -> Connection:
+        connection = await connect(self._dsn, application_name="behest keeper")
+        try:
+            await check_schema(connection)
+            # Waiting for a table's lock keeps everybody else waiting behind: rather come again.
+            # And a keeper that lost its network gives the lock to another one soon.
+            await connection.execute(
+                "SELECT set_config('lock_timeout', '500ms', false), set_config('idle_session_timeout', $1, false),"
+                " set_config('client_min_messages', 'warning', false)",
+                f"{max(60, round(4 * self._interval_s))}s",
+            )
+        except BaseException:
+            connection.terminate()
+            raise
+        return connection
+
+    async def _has_lock(self, connection: Connection) -> bool:
+        if self._writable_since is not None:
+            return True
+        since: datetime | None = await connection.fetchval(
+            "SELECT CASE WHEN NOT pg_is_in_recovery() AND pg_try_advisory_lock($1) THEN clock_timestamp() END",
+            _LOCK_KEY,
+        )
+        if since is None:
+            return False
+        self._writable_since = since
+        self._housekeeping_due_s = 0.0
+        self._told_standby = False
+        logger.info("keeping the ledger: every %.1f s", self._interval_s)
+        return True
+
+    async def _reap(self, connection: Connection) -> tuple[tuple[str, ...], int, bool]:
+        names: list[str] = []
+        holds = 0
+        more = True
+        for _ in range(BATCHES_MAX):
+            row = await connection.fetchrow(
+                "SELECT fenced, holds, more FROM ledger.reap_v1($1, $2)", BATCH_HOLDS_MAX, self._writable_since
+            )
+            for name in row["fenced"]:
+                names.append(name)
+                logger.warning("holder %s is dead: fenced", name)
+            holds += row["holds"]
+            more = row["more"]
+            if not more:
+                break
+        if holds:
+            logger.warning("%d requests of dead holders went to suspense", holds)
+        return tuple(names), holds, more
+
+    async def _charge(self, connection: Connection) -> tuple[int, int, bool]:
+        requests = 0
+        amount_pico = 0
+        more = True
+        for _ in range(BATCHES_MAX):
+            rows: list[Any] = await connection.fetch(
+                "SELECT amount_pico::text FROM ledger.charge_by_policy_v1($1, $2, $3)",
+                self._grace,
+                self._policy,
+                BATCH_HOLDS_MAX,
+            )
+            requests += len(rows)
+            amount_pico += sum(int(row["amount_pico"]) for row in rows)
+            more = len(rows) == BATCH_HOLDS_MAX
+            if not more:
+                break
+        if requests:
+            logger.warning(
+                "%d requests that no journal settled were charged by policy %s: %s USD",
+                requests,
+                self._policy,
+                usd_from_pico(amount_pico),
+            )
+        return requests, amount_pico, more
+
+    async def _keep_house(self, connection: Connection) -> tuple[int, int]:
+        loop = asyncio.get_running_loop()
+        if loop.time() < self._housekeeping_due_s:
+            return 0, 0
+        try:
+            made: int = await connection.fetchval(
+                "SELECT ledger.make_partitions_v1((clock_timestamp() AT TIME ZONE 'UTC')::date, $1)",
+                PARTITIONS_AHEAD_MONTHS,
+            )
+        except (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError):
+            # Months ahead of time: the next round is soon enough.
+            return 0, 0
+        pruned: int = await connection.fetchval("SELECT ledger.prune_holders_v1($1)", HOLDERS_KEPT)
+        self._housekeeping_due_s = loop.time() + HOUSEKEEPING_S
+        if made:
+            logger.info("made %d partitions for the months to come", made)
+        if pruned:
+            logger.info("forgot %d holders that ended more than %d days ago", pruned, HOLDERS_KEPT.days)
+        return made, pruned

@@ -1,0 +1,110 @@
+"""`behest ledger` from the command line, against a real PostgreSQL."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from behest_ledger.store.pool import connect
+from behest_proxy.cli.main import main
+from ledger.books import Books, keep_books, settlement
+from ledger.sidecars import Sidecar, state
+from stack import wait_until
+
+KEEP = [sys.executable, "-I", "-m", "behest_proxy.cli.main", "ledger", "keep", "--interval", "0.2"]
+
+
+def ledger(*argv: str) -> int:
+    return main(["ledger", *argv])
+
+
+def test_top_shows_what_running_requests_have_cost_so_far(database: str, capsys: pytest.CaptureFixture[str]) -> None:
+    async def work(books: Books) -> None:
+        sidecar = await Sidecar.start(books)
+        await books.settle(settlement(await sidecar.admitted(), input=1, output=3))
+        await sidecar.checkpoint(await sidecar.admitted(), input=2, output=5)
+
+    keep_books(database, work)
+    assert ledger("top", "--database-url", database) == 0
+    head, row = capsys.readouterr().out.splitlines()
+    assert head.split()[-8:] == ["REQUESTS", "LIVE", "INPUT", "OUTPUT", "COST", "(USD)", "LIVE", "(USD)"]
+    assert row.split() == ["s1", "ann", "small", "demo/shop", "1", "1", "3", "8", "0.000000000089", "0.000000000056"]
+
+
+def test_keep_ends_what_a_dead_sidecar_left_and_stops_when_told(database: str, tmp_path: Path) -> None:
+    ids: list[Any] = []
+
+    async def before(books: Books) -> None:
+        sidecar = await Sidecar.start(books)
+        ids.append(await sidecar.admitted(need=2))
+        await sidecar.die()
+
+    async def look() -> str:
+        connection = await connect(database)
+        try:
+            return await state(Books(database, connection), ids[0])
+        finally:
+            await connection.close()
+
+    keep_books(database, before)
+    log = tmp_path / "log"
+    with log.open("wb") as output:
+        keeper = subprocess.Popen(
+            [*KEEP, "--grace-hours", "0", "--policy", "hold", "--database-url", database], stderr=output, stdout=output
+        )
+    try:
+        wait_until(lambda: asyncio.run(look()) == "charged_by_policy", what="the keeper's work")
+        os.kill(keeper.pid, signal.SIGTERM)
+        assert keeper.wait(20) == 0
+    finally:
+        keeper.kill()
+        keeper.wait()
+    lines = log.read_text().splitlines()
+    assert [" ".join(line.split(" ")[2:4]) for line in lines] == [
+        "INFO behest_ledger.store.keeper:",
+        "WARNING behest_ledger.store.keeper:",
+        "WARNING behest_ledger.store.keeper:",
+        "WARNING behest_ledger.store.keeper:",
+    ]
+    assert lines[1].endswith("is dead: fenced")
+    assert "1 requests of dead holders went to suspense" in lines[2]
+    assert "charged by policy hold: 0.00000000002 USD" in lines[3]
+
+
+def test_keep_waits_for_a_database_that_is_away(tmp_path: Path) -> None:
+    nobody = "postgresql://behest@127.0.0.1:1/behest?sslmode=disable"
+    log = tmp_path / "log"
+    with log.open("wb") as output:
+        keeper = subprocess.Popen([*KEEP, "--database-url", nobody], stderr=output, stdout=output)
+    try:
+        wait_until(lambda: log.read_text().count("trying again") >= 2, what="the keeper's patience")
+        os.kill(keeper.pid, signal.SIGINT)
+        assert keeper.wait(20) == 0
+    finally:
+        keeper.kill()
+        keeper.wait()
+    assert "Traceback" not in log.read_text()
+
+
+def test_keep_says_at_once_that_the_schema_is_another_one(database: str, capsys: pytest.CaptureFixture[str]) -> None:
+    async def spoil() -> None:
+        connection = await connect(database)
+        await connection.execute("DELETE FROM ledger.schema_migration")
+        await connection.close()
+
+    asyncio.run(spoil())
+    assert ledger("keep", "--database-url", database) == 2
+    assert "behest ledger migrate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "wrong", ["--interval 0", "--interval x", "--grace-hours -1", "--grace-hours nan", "--policy all"]
+)
+def test_keep_refuses_what_makes_no_sense(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ledger("keep", *wrong.split()) == 2
+    assert wrong.split(maxsplit=1)[0] in capsys.readouterr().err

@@ -1,0 +1,250 @@
+"""Resets, closed connections, broken frames, floods and idleness at the edge."""
+
+import asyncio
+from contextlib import suppress
+from typing import Any
+
+import h2.errors
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from behest_proxy.edge.host import Receive, Scope, Send
+from behest_proxy.edge.limits import EdgeLimits
+from proxy.edge_clients import (
+    LOOPS,
+    answer,
+    application,
+    echo,
+    raw_h2,
+    raw_tcp,
+    run,
+    running,
+    stream_of,
+    until,
+)
+from proxy.h2_frames import frame
+
+
+@LOOPS
+def test_a_reset_by_the_client_tells_the_application_once_and_leaves_the_connection(loop: str) -> None:
+    gone: list[float] = []
+    later: list[str] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] == "/ok":
+            await answer(send, b"ok")
+            return
+        stream = stream_of(scope)
+        loop_ = asyncio.get_running_loop()
+        stream.on_gone = lambda: gone.append(loop_.time())
+        stream.begin(200, [])
+        stream.write(b"first")
+        assert (await receive())["type"] == "http.request"
+        later.append((await receive())["type"])
+        assert stream.gone
+        stream.write(b"dropped")
+        stream.end()
+        stream.reset()
+        assert (await receive())["type"] == "http.disconnect"
+        with pytest.raises(OSError):
+            await send({"type": "http.response.body", "body": b"x"})
+        later.append("returned")
+
+    async def main() -> None:
+        async with running(application(app)) as server, raw_h2(server.port) as client:
+            stream_id = client.request()
+            await until(lambda: bytes(client.answers[stream_id].body) == b"first")
+            at = asyncio.get_running_loop().time()
+            client.reset(stream_id)
+            await until(lambda: gone)
+            assert gone[0] - at < 1.0
+            await until(lambda: len(later) == 2)
+            assert later == ["http.disconnect", "returned"]
+            assert (await client.get("/ok")).body == b"ok"
+            assert len(gone) == 1
+
+    run(main(), loop=loop)
+
+
+def test_a_closed_connection_tells_every_stream_once() -> None:
+    gone: list[str] = []
+    begun = 0
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        nonlocal begun
+        stream = stream_of(scope)
+        stream.on_gone = lambda: gone.append(scope["path"])
+        stream.begin(200, [])
+        begun += 1
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    async def main() -> None:
+        async with running(application(app)) as server:
+            async with raw_h2(server.port) as client:
+                for number in range(20):
+                    client.request(f"/{number}")
+                await until(lambda: begun == 20)
+            await until(lambda: len(gone) == 20)
+            assert len(set(gone)) == 20
+
+    run(main())
+
+
+def test_ten_thousand_opened_and_reset_streams_leave_no_task() -> None:
+    alive = 0
+    started = 0
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        nonlocal alive, started
+        if scope["path"] == "/ok":
+            await answer(send, b"ok")
+            return
+        alive += 1
+        started += 1
+        try:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+        finally:
+            alive -= 1
+
+    async def main() -> None:
+        async with running(application(app)) as server, raw_h2(server.port) as client:
+            tasks = len(asyncio.all_tasks())
+            for number in range(10_000):
+                stream_id = client.request()
+                client.machine.reset_stream(stream_id, 8)
+                client.flush()
+                if number % 100 == 0:
+                    await asyncio.sleep(0)
+            assert (await client.get("/ok")).body == b"ok"
+            await until(lambda: alive == 0)
+            await until(lambda: len(asyncio.all_tasks()) <= tasks)
+            assert started <= 10_000
+
+    run(main())
+
+
+def test_a_protocol_error_is_answered_by_goaway_and_streams_are_told() -> None:
+    gone = 0
+
+    def note() -> None:
+        nonlocal gone
+        gone += 1
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        stream_of(scope).on_gone = note
+        await receive()
+        await receive()
+
+    async def main() -> None:
+        async with running(application(app)) as server, raw_h2(server.port) as client:
+            client.request()
+            await asyncio.sleep(0.05)
+            client.writer.write(b"\x00\x00\x04\x08\x00\x00\x00\x00\x00" + b"\x00" * 4)  # WINDOW_UPDATE of 0
+            await until(lambda: client.closed)
+            assert client.goaways[0][1] == h2.errors.ErrorCodes.PROTOCOL_ERROR
+            await until(lambda: gone == 1)
+
+    run(main())
+
+
+def test_a_client_that_pings_and_never_reads_is_aborted() -> None:
+    async def main() -> None:
+        limits = EdgeLimits(control_buffer_bytes=64 * 1024)
+        async with running(application(echo), limits=limits) as server, raw_tcp(server.port) as (_, writer):
+            writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\x00\x00\x00\x04\x00\x00\x00\x00\x00")
+            ping = b"\x00\x00\x08\x06\x00\x00\x00\x00\x00" + b"12345678"
+
+            async def flood() -> None:
+                for _ in range(20_000):
+                    writer.write(ping * 1000)
+                    await writer.drain()
+
+            with pytest.raises(ConnectionError):
+                await flood()
+
+    run(main())
+
+
+def test_an_idle_connection_is_closed_with_goaway_and_a_live_one_is_not() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] == "/slow":
+            await asyncio.sleep(0.8)
+        await answer(send, b"ok")
+
+    async def main() -> None:
+        limits = EdgeLimits(idle_timeout_s=0.3)
+        async with running(application(app), limits=limits) as server, raw_h2(server.port) as client:
+            assert (await client.get("/slow")).body == b"ok"
+            await until(lambda: client.closed)
+            assert client.goaways == [(1, 0)]
+
+    run(main())
+
+
+def test_an_application_cancelled_by_its_callback_harms_no_other_stream() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] == "/ok":
+            await answer(send, b"ok")
+            return
+        stream = stream_of(scope)
+
+        def fail() -> None:
+            raise RuntimeError("a callback that fails")
+
+        stream.on_gone = fail
+        stream.begin(200, [])
+        await receive()
+        await receive()
+
+    async def main() -> None:
+        async with running(application(app)) as server, raw_h2(server.port) as client:
+            stream_id = client.request()
+            await until(lambda: client.answers[stream_id].status == 200)
+            client.reset(stream_id)
+            assert (await client.get("/ok")).body == b"ok"
+
+    run(main())
+
+
+_GET = b"\x82\x84\x86\x41\x01a"
+_POST = b"\x83\x84\x86\x41\x01a"
+_FRAMES = st.builds(
+    frame,
+    st.integers(0, 10),
+    st.sampled_from([0, 1, 4, 5, 8, 0x20, 0x25]),
+    st.integers(0, 9),
+    st.one_of(st.binary(max_size=40), st.sampled_from([_GET, _POST, b"\x00\x00\x00\x08", b""])),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.one_of(_FRAMES, st.binary(max_size=30)), max_size=25))
+def test_no_sequence_of_frames_breaks_the_server(frames: list[bytes]) -> None:
+    failures: list[dict[str, Any]] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        stream = stream_of(scope)
+        stream.begin(200, [])
+        stream.write(b"a")
+        while (message := await receive())["type"] == "http.request" and message["more_body"]:
+            stream.write(b"b" * 20_000)
+        stream.end()
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context))
+        async with running(application(app), graceful_timeout_s=0.2) as server:
+            async with raw_tcp(server.port) as (_, writer):
+                writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\x00\x00\x00\x04\x00\x00\x00\x00\x00")
+                with suppress(RuntimeError):  # uvloop's word for a transport that was closed meanwhile
+                    for each in frames:
+                        writer.write(each)
+                        await asyncio.sleep(0)
+                await asyncio.sleep(0.005)
+            async with raw_h2(server.port) as client:
+                assert (await client.get(method="POST", body=b"x")).ended
+
+    run(main())
+    assert not failures
