@@ -221,27 +221,39 @@ spec:
     assert stack.verify().findings == []
 
 
-def test_a_suspended_project_ends_its_live_streams_and_refuses_new_ones(stack: Stack) -> None:
+@pytest.mark.parametrize("what", ["project", "budget"])
+def test_what_is_suspended_ends_its_live_streams_and_refuses_new_ones(stack: Stack, what: str) -> None:
     project = stack.project()
-
-    async def scenario() -> tuple[str, int, dict[str, Any]]:
-        async with openai.AsyncOpenAI(base_url=stack.base_url + "/v1", api_key=project.mint(), max_retries=0) as client:
-            live = asyncio.create_task(_until_cut(client, {"output_tokens": 10_000, "chunk_interval_ms": 10}))
-            await asyncio.sleep(0.3)
-            await asyncio.to_thread(
-                stack.apply,
-                f"""
+    suspended = {
+        "project": f"""
 apiVersion: behest.ai/v1alpha1
 kind: Project
 metadata: {{name: app, namespace: {project.namespace}}}
 spec: {{tenant: {project.namespace}, defaultModel: gpt-4o-mini, suspended: true}}
 """,
-            )
+        "budget": f"""
+apiVersion: behest.ai/v1alpha1
+kind: Budget
+metadata: {{name: sessions, namespace: {project.namespace}}}
+spec:
+  scope: {{project: app}}
+  per: [session]
+  limit: {{amount: "1000", currency: USD}}
+  window: {{period: Day}}
+  suspended: true
+""",
+    }[what]
+
+    async def scenario() -> tuple[str, int, dict[str, Any]]:
+        async with openai.AsyncOpenAI(base_url=stack.base_url + "/v1", api_key=project.mint(), max_retries=0) as client:
+            live = asyncio.create_task(_until_cut(client, {"output_tokens": 10_000, "chunk_interval_ms": 10}))
+            await asyncio.sleep(0.3)
+            await asyncio.to_thread(stack.apply, suspended)
             return await asyncio.wait_for(live, 10)
 
     code, chunks, error = asyncio.run(scenario())
     assert code == "in the stream forbidden"
     assert chunks > 0
-    assert error["details"]["reason"] == "suspended"
+    assert (error["details"]["reason"], error["details"]["what"]) == ("suspended", what)
     assert project.settled()[0]["outcome"] == "killed"
     assert _stream_until_cut(project, 1, {})[0][0] == "403 forbidden"

@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal
 from uuid import UUID
 
@@ -115,3 +115,18 @@ def answer_from_json(text: str) -> Answer:
     if verdict == "granted":
         return msgspec.json.decode(text, type=Granted, strict=False)
     return msgspec.json.decode(text, type=Refused, strict=False)
+
+
+async def suspended_windows(connection: Connection, windows: Collection[int]) -> dict[int, str]:
+    """Of these windows those whose budget is suspended, with the budget's name.
+
+    Raises `LedgerUnavailableError`.
+    """
+    with mapped():
+        rows = await connection.fetch(
+            "SELECT w.window_id, w.budget_id"
+            " FROM ledger.budget_window w JOIN ledger.budget b USING (tenant_id, budget_id)"
+            " WHERE w.window_id = ANY ($1) AND b.suspended",
+            list(windows),
+        )
+    return {row["window_id"]: row["budget_id"] for row in rows}

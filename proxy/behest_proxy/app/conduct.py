@@ -107,6 +107,11 @@ class Conduct:
         """What was asked of the ledger: whose request it is."""
         return self._admission
 
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """The windows that hold for it; none before it is admitted."""
+        return self._grant.windows if self._grant is not None else ()
+
     async def admit(self) -> None:
         """Ask the ledger, and begin. Returns when the request is under way or refused."""
         answer: Answer | None

@@ -7,13 +7,13 @@ serves. Nothing here knows HTTP.
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from uuid import UUID
 
 from behest_ledger.charging import Outcome
 from behest_ledger.configuration.snapshot import Configuration
-from behest_ledger.holds import Admission, Answer, Extension, Settlement, void
+from behest_ledger.holds import Admission, Answer, Extension, Refused, Settlement, void
 from behest_ledger.prices.book import PriceBook
 from behest_ledger.store import holds, identity
 from behest_ledger.store.configuration import load_configuration
@@ -30,11 +30,12 @@ from behest_proxy.app.holder import Holder
 from behest_proxy.app.memory import Memory
 from behest_proxy.app.origins import project_allows
 from behest_proxy.app.settings import Settings
-from behest_proxy.errors import Draining, Forbidden, LedgerUnavailable
+from behest_proxy.errors import Draining, LedgerUnavailable
 from behest_proxy.holding import METERED_SHARES
 from behest_proxy.identity.api_keys import ApiKeyVerifier
 from behest_proxy.identity.keys import KeySet, SigningKey
 from behest_proxy.identity.tokens import ISSUERS, TokenVerifier
+from behest_proxy.refusals import shown
 from behest_proxy.tokens import warm
 from behest_proxy.upstream import UpstreamClient
 
@@ -224,6 +225,7 @@ class Gateway:
             configuration = await load_configuration(connection, None)
             self.book = await load_current_book(connection, datetime.now(UTC))
             keys = await identity.load_signing_keys(connection)
+            suspended = await holds.suspended_windows(connection, {w for c in self.live for w in c.windows})
         for problem in configuration.problems:
             logger.warning("left out of the configuration: %s", problem)
         self.configuration = configuration
@@ -231,10 +233,17 @@ class Gateway:
         self.api_keys.clear()
         self._ledger_heard_s = time.monotonic()
         for conduct in list(self.live):
-            attributes = conduct.admission.attributes
-            project = configuration.project(conduct.admission.tenant_id, attributes["project"])
-            if project is None or project.suspended:
-                conduct.stop(
-                    Outcome.KILLED,
-                    Forbidden("the project is suspended", details={"reason": "suspended", "what": "project"}),
-                )
+            self._stop_suspended(conduct, suspended)
+
+    def _stop_suspended(self, conduct: Conduct, suspended: Mapping[int, str]) -> None:
+        """The kill switch: what is suspended ends, also in the middle."""
+        project_id = conduct.admission.attributes["project"]
+        project = self.configuration.project(conduct.admission.tenant_id, project_id)
+        budget = next((suspended[window] for window in conduct.windows if window in suspended), None)
+        if project is None or project.suspended:
+            refusal = Refused(reason="suspended", what="project", name=project_id)
+        elif budget is not None:
+            refusal = Refused(reason="suspended", what="budget", name=budget)
+        else:
+            return
+        conduct.stop(Outcome.KILLED, shown(refusal))

@@ -101,8 +101,8 @@ END
 $$;
 
 -- How far open requests have come: what each would be charged if its holder were gone now. Parallel arrays, an item each;
--- p_lines are arrays of {class, quantity, rate_pico}, whose sum is the amount. Of several items for one request the last
--- counts. Holds only, never windows, and never less than before.
+-- p_lines are arrays of {class, quantity, rate_pico}, whose sum is the amount. Holds only, never windows, and never less
+-- than before.
 -- Answers the requests whose hold was busy at this moment: their checkpoint was not written and should come again.
 CREATE FUNCTION ledger.checkpoint_batch_v1(
     p_tenants text[], p_requests uuid[], p_input_tokens bigint[], p_output_tokens bigint[], p_amounts numeric[],
@@ -110,33 +110,32 @@ CREATE FUNCTION ledger.checkpoint_batch_v1(
 ) RETURNS SETOF uuid
 LANGUAGE plpgsql AS $$
 DECLARE
-    v_free uuid[];
+    v_item record;
 BEGIN
-    -- Who settles or extends has the hold for a moment. Nobody may wait for that with other holds in hand.
-    SELECT coalesce(array_agg(k.request_id), '{}') INTO v_free FROM (
-        SELECT h.request_id FROM ledger.hold h
-        JOIN unnest(p_tenants, p_requests) AS i (tenant_id, request_id)
-          ON h.tenant_id = i.tenant_id AND h.month = ledger.month_of_v1(i.request_id) AND h.request_id = i.request_id
-        ORDER BY h.tenant_id, h.month, h.request_id FOR UPDATE OF h SKIP LOCKED) AS k;
-
-    UPDATE ledger.hold h SET
-        checkpoint_at = clock_timestamp(), checkpoint_input_tokens = i.input_tokens,
-        checkpoint_output_tokens = i.output_tokens, checkpoint_amount_pico = i.amount, checkpoint_lines = i.lines
-    FROM (
-        SELECT DISTINCT ON (tenant_id, request_id) *
-        FROM unnest(p_tenants, p_requests, p_input_tokens, p_output_tokens, p_amounts, p_lines) WITH ORDINALITY
-            AS a (tenant_id, request_id, input_tokens, output_tokens, amount, lines, place)
-        ORDER BY tenant_id, request_id, place DESC) AS i
-    WHERE h.tenant_id = i.tenant_id AND h.month = ledger.month_of_v1(i.request_id) AND h.request_id = i.request_id
-      AND h.request_id = ANY (v_free) AND h.state = 'open'
-      AND i.input_tokens >= h.checkpoint_input_tokens AND i.output_tokens >= h.checkpoint_output_tokens
-      AND i.amount >= h.checkpoint_amount_pico;
-
-    RETURN QUERY
-    SELECT h.request_id FROM ledger.hold h
-    JOIN unnest(p_tenants, p_requests) AS i (tenant_id, request_id)
-      ON h.tenant_id = i.tenant_id AND h.month = ledger.month_of_v1(i.request_id) AND h.request_id = i.request_id
-    WHERE h.state = 'open' AND h.request_id <> ALL (v_free);
+    -- One after the other by key: a join of all of them is now and then planned as a product.
+    FOR v_item IN
+        SELECT i.*, ledger.month_of_v1(i.request_id) AS month
+        FROM unnest(p_tenants, p_requests, p_input_tokens, p_output_tokens, p_amounts, p_lines)
+            AS i (tenant_id, request_id, input_tokens, output_tokens, amount, lines)
+    LOOP
+        -- Who settles or extends has the hold for a moment. Nobody waits for that with other holds in hand.
+        PERFORM FROM ledger.hold h
+        WHERE h.tenant_id = v_item.tenant_id AND h.month = v_item.month AND h.request_id = v_item.request_id
+        FOR UPDATE SKIP LOCKED;
+        IF FOUND THEN
+            UPDATE ledger.hold h SET
+                checkpoint_at = clock_timestamp(), checkpoint_input_tokens = v_item.input_tokens,
+                checkpoint_output_tokens = v_item.output_tokens, checkpoint_amount_pico = v_item.amount,
+                checkpoint_lines = v_item.lines
+            WHERE h.tenant_id = v_item.tenant_id AND h.month = v_item.month AND h.request_id = v_item.request_id
+              AND h.state = 'open' AND v_item.input_tokens >= h.checkpoint_input_tokens
+              AND v_item.output_tokens >= h.checkpoint_output_tokens AND v_item.amount >= h.checkpoint_amount_pico;
+        ELSIF EXISTS (SELECT FROM ledger.hold h
+                      WHERE h.tenant_id = v_item.tenant_id AND h.month = v_item.month
+                        AND h.request_id = v_item.request_id AND h.state = 'open') THEN
+            RETURN NEXT v_item.request_id;
+        END IF;
+    END LOOP;
 END
 $$;
 
