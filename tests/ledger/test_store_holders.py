@@ -265,7 +265,14 @@ def test_a_checkpoint_never_lowers_and_touches_only_open_holds(dsn: str) -> None
         assert await told(one) == (4, 2, 32, True)
         assert await told(other) == (0, 1, 10, True)
         assert await told(ended) == (0, 0, 0, False)
-        for less in (checkpoint(one, input=4, output=1), checkpoint(one, input=3, output=9), checkpoint(one)):
+        cheap = UsageLine(class_="output", quantity=9, rate_pico=1, amount_pico=9, source="local")
+        free = UsageLine(class_="input", quantity=4, rate_pico=0, amount_pico=0, source="local")
+        for less in (
+            checkpoint(one),
+            checkpoint(one, input=99, output=1),
+            checkpoint(one, input=3, output=9),
+            Checkpoint(tenant_id=TENANT, request_id=one, lines=[free, cheap]),
+        ):
             await holders.checkpoint(books.connection, [less])
             assert await told(one) == (4, 2, 32, True)
         # The last of two for one request counts.

@@ -151,6 +151,16 @@ def test_a_checkpoint_beyond_the_hold_is_charged_as_far_as_the_hold_goes(dsn: st
     keep_books(dsn, work)
 
 
+def test_money_alone_bounds_a_checkpoint_too(dsn: str) -> None:
+    async def work(books: Books) -> None:
+        await books.budget("money", 1000)
+        one = await in_suspense(books, input=5, need=3, seen=(5, 99))
+        assert await charge(books, "checkpoint") == {one: 45}
+        assert await lines(books, one) == [(0, "input", 5, 3), (0, "output", 3, 10)]
+
+    keep_books(dsn, work)
+
+
 def test_a_broken_checkpoint_cannot_stop_the_policy(dsn: str) -> None:
     async def work(books: Books) -> None:
         one = await in_suspense(books, need=3, seen=(0, 2))
@@ -314,6 +324,22 @@ def test_a_round_does_everything_and_tells_it(dsn: str, caplog: pytest.LogCaptur
             "1 requests that no journal settled were charged by policy checkpoint: 0.00000000002 USD",
         ]
         assert await balances(books) == {"money": (20, 0, 0)}
+
+    keep_books(dsn, work)
+
+
+def test_a_keeper_leaves_suspense_alone_for_the_period_of_grace(dsn: str) -> None:
+    async def work(books: Books) -> None:
+        one = await in_suspense(books)
+        keepers = Keeper(dsn), Keeper(dsn, grace_s=3600)
+        for each in keepers:
+            assert await each.run_once() == IDLE
+            await each.aclose()
+        await books.connection.execute("UPDATE ledger.hold SET suspense_at = suspense_at - interval '2 hours'")
+        for each, charged in zip(keepers, (0, 1), strict=True):
+            assert (await each.run_once()).charged_requests == charged
+            await each.aclose()
+        assert await state(books, one) == "charged_by_policy"
 
     keep_books(dsn, work)
 

@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from behest_ledger.store import holders
 from behest_ledger.store.errors import LedgerUnavailableError
 from behest_proxy.app import holder as module
 from behest_proxy.app.holder import Holder, boot_time_s
@@ -25,8 +26,8 @@ class _Ledger:
         self.renewed: list[Any] = []
         self._answers = answers
         monkeypatch.setattr(module, "RENEW_S", 0.0)
-        monkeypatch.setattr(module.holders, "register", self.register)
-        monkeypatch.setattr(module.holders, "renew", self.renew)
+        monkeypatch.setattr(holders, "register", self.register)
+        monkeypatch.setattr(holders, "renew", self.renew)
 
     async def register(self, _pool: Any, holder_id: Any, _name: str) -> None:
         self.registered.append(holder_id)

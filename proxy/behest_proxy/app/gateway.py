@@ -18,7 +18,7 @@ from behest_ledger.prices.book import PriceBook
 from behest_ledger.store import holds, identity
 from behest_ledger.store.configuration import load_configuration
 from behest_ledger.store.credit import CreditDesk
-from behest_ledger.store.errors import LedgerError
+from behest_ledger.store.errors import LedgerError, mapped
 from behest_ledger.store.holders import Checkpoint
 from behest_ledger.store.holds import Settled
 from behest_ledger.store.migrate import check_schema
@@ -210,12 +210,13 @@ class Gateway:
         while True:
             await asyncio.sleep(POLL_S)
             try:
-                async with asyncio.timeout(LEDGER_SILENCE_S):
-                    version = await self.pool.fetchval("SELECT version FROM ledger.configuration_version")
-                    self._ledger_heard_s = time.monotonic()
-                    if version != self.configuration.version:
-                        await self._load()
-            except (LedgerError, OSError, TimeoutError) as error:
+                with mapped():
+                    async with asyncio.timeout(LEDGER_SILENCE_S):
+                        version = await self.pool.fetchval("SELECT version FROM ledger.configuration_version")
+                        self._ledger_heard_s = time.monotonic()
+                        if version != self.configuration.version:
+                            await self._load()
+            except LedgerError as error:
                 logger.warning("the configuration cannot be read, the last one serves: %s", error)
             except Exception:
                 logger.exception("the configuration cannot be read, the last one serves")

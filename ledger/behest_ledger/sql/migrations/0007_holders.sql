@@ -111,29 +111,33 @@ CREATE FUNCTION ledger.checkpoint_batch_v1(
 LANGUAGE plpgsql AS $$
 DECLARE
     v_item record;
+    v_state text;
 BEGIN
-    -- One after the other by key: a join of all of them is now and then planned as a product.
+    -- One after the other by key, and by nothing but the key: joined, or with a state to look for, this is now and then
+    -- planned as a scan of all that is open.
     FOR v_item IN
         SELECT i.*, ledger.month_of_v1(i.request_id) AS month
         FROM unnest(p_tenants, p_requests, p_input_tokens, p_output_tokens, p_amounts, p_lines)
             AS i (tenant_id, request_id, input_tokens, output_tokens, amount, lines)
     LOOP
         -- Who settles or extends has the hold for a moment. Nobody waits for that with other holds in hand.
-        PERFORM FROM ledger.hold h
+        SELECT h.state INTO v_state FROM ledger.hold h
         WHERE h.tenant_id = v_item.tenant_id AND h.month = v_item.month AND h.request_id = v_item.request_id
         FOR UPDATE SKIP LOCKED;
-        IF FOUND THEN
+        IF v_state = 'open' THEN
             UPDATE ledger.hold h SET
                 checkpoint_at = clock_timestamp(), checkpoint_input_tokens = v_item.input_tokens,
                 checkpoint_output_tokens = v_item.output_tokens, checkpoint_amount_pico = v_item.amount,
                 checkpoint_lines = v_item.lines
             WHERE h.tenant_id = v_item.tenant_id AND h.month = v_item.month AND h.request_id = v_item.request_id
-              AND h.state = 'open' AND v_item.input_tokens >= h.checkpoint_input_tokens
+              AND v_item.input_tokens >= h.checkpoint_input_tokens
               AND v_item.output_tokens >= h.checkpoint_output_tokens AND v_item.amount >= h.checkpoint_amount_pico;
-        ELSIF EXISTS (SELECT FROM ledger.hold h
-                      WHERE h.tenant_id = v_item.tenant_id AND h.month = v_item.month
-                        AND h.request_id = v_item.request_id AND h.state = 'open') THEN
-            RETURN NEXT v_item.request_id;
+        ELSIF v_state IS NULL THEN
+            SELECT h.state INTO v_state FROM ledger.hold h
+            WHERE h.tenant_id = v_item.tenant_id AND h.month = v_item.month AND h.request_id = v_item.request_id;
+            IF v_state = 'open' THEN
+                RETURN NEXT v_item.request_id;
+            END IF;
         END IF;
     END LOOP;
 END

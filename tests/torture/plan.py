@@ -1,0 +1,137 @@
+"""What a round of torture will do, drawn from a seed: streams, kills, limits, clients that leave. Nothing runs here."""
+
+import random
+from dataclasses import dataclass
+from typing import Literal
+
+Unit = Literal["sessions", "project"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How much happens in a round."""
+
+    sidecars: int
+    streams: int
+    round_s: float
+    session_limit_usd: float
+    intervals_ms: tuple[int, ...]
+    chunks_max: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamPlan:
+    """One client and what it asks the simulator for."""
+
+    number: int
+    """The simulator's `seed`: it finds the request again that no client was told the id of."""
+    at_s: float
+    sidecar: int
+    model: str
+    chunks: int
+    tokens_per_chunk: int
+    interval_ms: int
+    usage: Literal["asked", "never"]
+    provider_dies_after: int | None
+    """Chunks after which the provider closes the connection."""
+    leaves_after: int | None
+    """Chunks after which the client goes."""
+    leaves_unanswered_s: float | None
+    """The client goes after so long, while the provider has not even sent a head."""
+
+    @property
+    def sim(self) -> dict[str, object]:
+        """The member `sim` of the request."""
+        members: dict[str, object] = {
+            "seed": self.number,
+            "output_tokens": self.chunks * self.tokens_per_chunk,
+            "tokens_per_chunk": self.tokens_per_chunk,
+            "chunk_interval_ms": self.interval_ms,
+            "usage": self.usage,
+        }
+        if self.provider_dies_after is not None:
+            members["reset_after_chunks"] = self.provider_dies_after
+        if self.leaves_unanswered_s is not None:
+            members["head_delay_ms"] = 60_000
+        return members
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kill:
+    """`kill -9` of a sidecar, or of PostgreSQL and all its processes where there is no number."""
+
+    at_s: float
+    sidecar: int | None
+    down_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitChange:
+    """Another limit: of every session, or of the project above what it has spent so far."""
+
+    at_s: float
+    budget: Unit
+    limit_usd: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundPlan:
+    """Everything that happens in one round; times are seconds since its begin."""
+
+    number: int
+    streams: tuple[StreamPlan, ...]
+    kills: tuple[Kill, ...]
+    limits: tuple[LimitChange, ...]
+    project_usd: float
+    """What the project may spend above what it has spent before the round."""
+    new_session: bool
+
+
+def plan_round(seed: int, number: int, scale: Scale, *, kill_postgres: bool | None = None) -> RoundPlan:
+    """The same for the same arguments. `kill_postgres`: whether it is killed; None leaves it to chance."""
+    rng = random.Random(f"{seed}/{number}")
+    streams = tuple(_stream(rng, number * 100_000 + index + 1, scale) for index in range(scale.streams))
+    kills = [
+        Kill(at_s=at_s, sidecar=rng.randrange(scale.sidecars), down_s=rng.uniform(0.0, 1.0))
+        for at_s in _moments(rng, rng.randint(1, max(1, scale.sidecars - 1)), scale)
+    ]
+    by_chance = rng.random() < 0.4
+    at_s, down_s = rng.uniform(0.2, 0.7) * scale.round_s, rng.choice([0.0, 0.3, 1.0, 3.0])
+    if by_chance if kill_postgres is None else kill_postgres:
+        kills.append(Kill(at_s=at_s, sidecar=None, down_s=min(down_s, scale.round_s / 2)))
+    return RoundPlan(
+        number=number,
+        streams=streams,
+        kills=tuple(sorted(kills, key=lambda kill: kill.at_s)),
+        limits=tuple(_limit(rng, at_s, scale) for at_s in _moments(rng, rng.randint(0, 3), scale)),
+        project_usd=scale.session_limit_usd * rng.choice([0.3, 0.8, 2.0, 5.0]),
+        new_session=rng.random() < 0.5,
+    )
+
+
+def _moments(rng: random.Random, number: int, scale: Scale) -> list[float]:
+    return sorted(rng.uniform(0.1, 1.0) * scale.round_s for _ in range(number))
+
+
+def _limit(rng: random.Random, at_s: float, scale: Scale) -> LimitChange:
+    budget: Unit = rng.choice(("sessions", "project"))
+    factor = rng.uniform(0.2, 1.5) if budget == "sessions" else rng.uniform(0.0, 2.0)
+    return LimitChange(at_s=at_s, budget=budget, limit_usd=round(scale.session_limit_usd * factor, 6))
+
+
+def _stream(rng: random.Random, number: int, scale: Scale) -> StreamPlan:
+    chunks = rng.randint(1, rng.choice([20, scale.chunks_max]))
+    fate = rng.random()
+    return StreamPlan(
+        number=number,
+        at_s=rng.uniform(0.0, 0.8) * scale.round_s,
+        sidecar=rng.randrange(scale.sidecars),
+        model=rng.choice(["gpt-4o", "gpt-4o-mini"]),
+        chunks=chunks,
+        tokens_per_chunk=rng.choice([1, 1, 3, 7]),
+        interval_ms=rng.choice(scale.intervals_ms),
+        usage=rng.choice(["asked", "asked", "asked", "never"]),
+        provider_dies_after=rng.randint(1, chunks) if fate < 0.06 else None,
+        leaves_after=rng.randint(0, chunks) if 0.1 < fate < 0.25 else None,
+        leaves_unanswered_s=rng.uniform(0.0, 0.5) if 0.25 < fate < 0.3 else None,
+    )
