@@ -45,7 +45,7 @@ class _Ledger:
 def _played(monkeypatch: pytest.MonkeyPatch, answers: list[Any], *, age_s: float = 0.0) -> tuple[Holder, _Ledger, int]:
     ledger = _Ledger(monkeypatch, answers)
     lost: list[None] = []
-    holder = Holder(name="test", on_lost=lambda: lost.append(None), checkpoints=list)
+    holder = Holder(name="test", on_lost=lambda: lost.append(None), checkpoints=list, on_busy=lambda requests: None)
 
     async def scenario() -> None:
         await holder.register(None)

@@ -16,6 +16,7 @@ class Scale:
     round_s: float
     session_limit_usd: float
     intervals_ms: tuple[int, ...]
+    tokens_per_chunk: tuple[int, ...]
     chunks_max: int
 
 
@@ -128,7 +129,7 @@ def _stream(rng: random.Random, number: int, scale: Scale) -> StreamPlan:
         sidecar=rng.randrange(scale.sidecars),
         model=rng.choice(["gpt-4o", "gpt-4o-mini"]),
         chunks=chunks,
-        tokens_per_chunk=rng.choice([1, 1, 3, 7]),
+        tokens_per_chunk=rng.choice(scale.tokens_per_chunk),
         interval_ms=rng.choice(scale.intervals_ms),
         usage=rng.choice(["asked", "asked", "asked", "never"]),
         provider_dies_after=rng.randint(1, chunks) if fate < 0.06 else None,

@@ -78,6 +78,8 @@ class Torture:
     """Requests of earlier rounds."""
     _spent_usd: float = 0.0
     """What the project has spent so far."""
+    _session_usd: float = 0.0
+    """What its latest session has spent so far: one that is used up makes a dull round."""
 
     async def round(self, plan: RoundPlan) -> RoundEnd:
         """Run it, wait, and look. Raises `AssertionError` where something does not come back at all."""
@@ -110,7 +112,7 @@ class Torture:
         usd = self.scale.session_limit_usd
         await self._set_limits(sessions=f"{usd:.6f}", project=f"{self._spent_usd + plan.project_usd:.6f}")
         self.ceilings.begin("project", "")
-        if plan.new_session or not self._sessions:
+        if plan.new_session or not self._sessions or self._session_usd > usd / 2:
             self._sessions += 1
         session = f"s{self._sessions}"
         self.ceilings.begin("sessions", session)
@@ -203,6 +205,8 @@ class Torture:
             if charged != int(window["spent"]):
                 end.findings.append(f"the requests of {window} cost {charged}")
         self._spent_usd = sum(int(row["amount_pico"]) for row in found) / 10**12
+        of_session = [int(row["amount_pico"]) for row in found if row["session_id"] == session]
+        self._session_usd = sum(of_session) / 10**12
         connection = await connect(cluster.database.dsn)
         try:
             verdict = await verify(connection)

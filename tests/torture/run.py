@@ -56,8 +56,8 @@ def _summary(total: Figures, kills: str) -> str:
             f"windows looked at {total.samples} times; fullest {total.fullest_percent:.2f} % of its highest limit",
             f"overshoot: {total.overshoot_pico} pico-USD",
             f"tokens received {total.received_tokens}, charged {total.charged_tokens}",
-            f"  {total.killed_streams} streams of killed sidecars: {killed}; <= {total.killed_excess_chunks_max} chunks",
-            f"  clients that left: {left}",
+            f" {total.killed_streams} streams of killed sidecars: {killed}, <= {total.killed_excess_chunks_max} chunks",
+            f" clients that left: {left}",
         ]
     )
 
@@ -70,6 +70,7 @@ async def _torture(arguments: argparse.Namespace, seed: int, folder: Path) -> in
         round_s=arguments.round_s,
         session_limit_usd=arguments.limit_usd,
         intervals_ms=(5, 10, 20),
+        tokens_per_chunk=(1, 3, 7, 40),
         chunks_max=400,
     )
     total = Figures()

@@ -10,7 +10,15 @@ from torture.judge import Figures
 from torture.plan import Scale, plan_round
 from torture.rounds import Torture
 
-SCALE = Scale(sidecars=2, streams=40, round_s=1.2, session_limit_usd=0.02, intervals_ms=(2, 5, 10, 20), chunks_max=100)
+SCALE = Scale(
+    sidecars=2,
+    streams=40,
+    round_s=1.2,
+    session_limit_usd=0.02,
+    intervals_ms=(2, 5, 10, 20),
+    tokens_per_chunk=(1, 1, 3, 7),
+    chunks_max=100,
+)
 ROUNDS = 3
 
 

@@ -49,6 +49,8 @@ LINGER_S = 2.0
 UPSTREAM_TAIL_S = 1.0
 """How long a provider may take to end its body after `[DONE]`, so that its connection can be used again."""
 
+_NOTHING = (-1, 0, 0)
+
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream"),
     (b"cache-control", b"no-cache, no-transform"),
@@ -83,7 +85,7 @@ class Conduct:
         self._context = context
         self._exchange: Exchange | None = None
         self._grant: Granted | None = None
-        self._checkpointed = (-1, 0, 0)
+        self._checkpointed = _NOTHING
         self._granted_tokens = 0
         self._account: Account | None = None
         self._call: UpstreamCall | None = None
@@ -156,6 +158,10 @@ class Conduct:
             request_id=self._admission.request_id,
             lines=lines_of(charge, self._rates),
         )
+
+    def checkpoint_again(self) -> None:
+        """The last checkpoint was not written: make the next one, however far the request has come."""
+        self._checkpointed = _NOTHING
 
     # --- the upstream call's handler ---------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ serves. Nothing here knows HTTP.
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from uuid import UUID
 
@@ -52,7 +52,9 @@ class Gateway:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.holder = Holder(name=settings.name, on_lost=self.lose_all, checkpoints=self._checkpoints)
+        self.holder = Holder(
+            name=settings.name, on_lost=self.lose_all, checkpoints=self._checkpoints, on_busy=self._checkpoint_again
+        )
         self.signing_key = SigningKey.load(settings.signing_key_file.read_bytes())
         self.upstream = UpstreamClient()
         self.configuration = Configuration(version=0)
@@ -180,6 +182,11 @@ class Gateway:
 
     def _checkpoints(self) -> list[Checkpoint]:
         return [found for conduct in self.live if (found := conduct.checkpoint()) is not None]
+
+    def _checkpoint_again(self, requests: Collection[UUID]) -> None:
+        for conduct in self.live:
+            if conduct.admission.request_id in requests:
+                conduct.checkpoint_again()
 
     def may_read(self, origin: str) -> bool:
         """Whether any project allows scripts of this origin."""

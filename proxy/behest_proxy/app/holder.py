@@ -8,7 +8,7 @@ else may take what they hold. Streams outlive a shorter outage on the credit the
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from uuid import UUID, uuid4
 
 from behest_ledger.store import holders
@@ -32,15 +32,23 @@ class Holder:
     """One holder after the other: an id that was lost is never used again."""
 
     def __init__(
-        self, *, name: str, on_lost: Callable[[], None], checkpoints: Callable[[], Iterable[Checkpoint]]
+        self,
+        *,
+        name: str,
+        on_lost: Callable[[], None],
+        checkpoints: Callable[[], Iterable[Checkpoint]],
+        on_busy: Callable[[Collection[UUID]], None],
     ) -> None:
-        """`on_lost` is called when what this process holds is no longer its own: its streams must end."""
+        """`on_lost` is called when what this process holds is no longer its own: its streams must end; `on_busy` with
+        the requests whose checkpoint could not be written now and should come again.
+        """
         self.holder_id: UUID = uuid4()
         self.deadline_s = 0.0
         """On `boot_time_s`: until then what this process holds is its own."""
         self._name = name
         self._on_lost = on_lost
         self._checkpoints = checkpoints
+        self._on_busy = on_busy
 
     @property
     def lives(self) -> bool:
@@ -85,4 +93,4 @@ class Holder:
 
     async def _write(self, pool: Connection, checkpoints: Sequence[Checkpoint]) -> None:
         if checkpoints:
-            await holders.checkpoint(pool, checkpoints)
+            self._on_busy(await holders.checkpoint(pool, checkpoints))
