@@ -1,7 +1,6 @@
 """The sidecar's word that it lives: renewed, reckoned from when it was sent, and lost for good when it is lost."""
 
 import asyncio
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,12 +113,10 @@ def test_a_fenced_sidecar_ends_its_streams_and_serves_on(database: str, tmp_path
         assert text.rstrip().endswith("data: [DONE]")
         (settled,) = project.settled()
         assert settled["outcome"] == "ledger_unavailable"
-        deadline_s = time.monotonic() + 10
-        while time.monotonic() < deadline_s:
-            again = httpx.post(
-                stack.base_url + "/v1/chat/completions", headers=headers, json={"messages": QUESTION}, timeout=30
-            )
-            if again.status_code == 200:
-                break
-        assert again.status_code == 200
+
+        def is_served() -> bool:
+            url = stack.base_url + "/v1/chat/completions"
+            return httpx.post(url, headers=headers, json={"messages": QUESTION}, timeout=30).status_code == 200
+
+        wait_until(is_served, what="service under another id")
         assert stack.verify().findings == []
