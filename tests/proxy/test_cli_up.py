@@ -210,8 +210,7 @@ def test_a_closed_terminal_stops_everything(bench: Bench) -> None:
     assert process.stdout is not None
     process.stdout.close()
     process.send_signal(signal.SIGHUP)
-    # Nobody is left to read the status: 130 where the terminal went before the last line was written.
-    assert process.wait(20) in (0, 130)
+    assert process.wait(20) == 0
     assert bench.order() == ["proxy stopped", "sim stopped"]
 
 

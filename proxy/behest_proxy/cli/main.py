@@ -5,17 +5,15 @@ A command is a module with `add_parser(subparsers)` and `run(arguments) -> int`.
 """
 
 import argparse
-import contextlib
 import difflib
 import importlib
 import importlib.metadata
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol, cast
 
-from behest_proxy.cli.terminal import Terminal, UserError, complain
+from behest_proxy.cli.terminal import Terminal, UserError, complain, drop_output
 
 ENTRY_POINTS = "behest.commands"
 INTERRUPTED = 130
@@ -144,9 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # Python flushes standard output once more at its end, and would complain then.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output(sys.stdout)
         return INTERRUPTED
 
 

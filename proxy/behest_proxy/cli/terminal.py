@@ -107,6 +107,18 @@ class Terminal:
             self._out.flush()
         except (OSError, ValueError):
             self._closed = True
+            drop_output(self._out)
+
+
+def drop_output(out: TextIO) -> None:
+    """Let what is still buffered for a terminal or pipe that is gone go nowhere.
+
+    Python flushes standard output once more at its end, and would fail on it then.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, out.fileno())
+        os.close(nowhere)
 
 
 def complain(error: UserError, *, err: TextIO | None = None) -> None:
