@@ -12,7 +12,7 @@ import msgspec
 from behest_proxy.errors import InvalidRequest
 from behest_proxy.members import members_of
 from behest_proxy.models import ModelFacts
-from behest_proxy.tokens import TokenCounter
+from behest_proxy.tokens import TokenCounter, bytes_bound
 
 CHOICES_MAX = 128
 PROMPT_TOKENIZED_BYTES_MAX = 32 * 1024
@@ -191,7 +191,7 @@ def count_input(request: ChatRequest, counter: TokenCounter, facts: ModelFacts) 
     not known.
     """
     texts = list(_texts(request))
-    size_bytes = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+    size_bytes = sum(map(bytes_bound, texts))
     messages = len(request.messages)
     if size_bytes <= PROMPT_TOKENIZED_BYTES_MAX:
         tokens = sum(map(counter.count, texts))
