@@ -28,10 +28,10 @@ class _Ledger:
         monkeypatch.setattr(holders, "register", self.register)
         monkeypatch.setattr(holders, "renew", self.renew)
 
-    async def register(self, _pool: Any, holder_id: Any, _name: str) -> None:
+    async def register(self, _pool: Any, holder_id: Any, _name: str, _ttl_s: float) -> None:
         self.registered.append(holder_id)
 
-    async def renew(self, _pool: Any, holder_id: Any) -> bool:
+    async def renew(self, _pool: Any, holder_id: Any, _ttl_s: float) -> bool:
         self.renewed.append(holder_id)
         if not self._answers:
             raise asyncio.CancelledError

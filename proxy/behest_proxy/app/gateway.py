@@ -81,6 +81,19 @@ class Gateway:
 
     async def start(self) -> None:
         """Open everything. Raises `LedgerError` where the ledger cannot be used, with what to do about it."""
+        await self._open()
+        await self.holder.register(self.pool)
+        self.writer.start()
+        left = self.memory.left()
+        for settlement in left:
+            self.writer.submit(settlement)
+        if left:
+            logger.warning("settling %d requests that an earlier life of this process left", len(left))
+        self._memory_task = asyncio.create_task(self.memory.run(), name="journal sync")
+        self._holder_task = asyncio.create_task(self.holder.run(self.pool), name="holder")
+        self._poll_task = asyncio.create_task(self._poll(), name="configuration poll")
+
+    async def _open(self) -> None:
         self.pool = await open_pool(self.settings.database_url, application_name=self.settings.name)
         await check_schema(self.pool)
         key = self.signing_key.verification_key()
@@ -93,23 +106,14 @@ class Gateway:
             public_pem=self.signing_key.public_pem(),
         )
         await self._load()
-        await self.holder.register(self.pool)
         warm()
-        self.writer.start()
-        left = self.memory.left()
-        for settlement in left:
-            self.writer.submit(settlement)
-        if left:
-            logger.warning("settling %d requests that an earlier life of this process left", len(left))
-        self._memory_task = asyncio.create_task(self.memory.run(), name="journal sync")
-        self._holder_task = asyncio.create_task(self.holder.run(self.pool), name="holder")
-        self._poll_task = asyncio.create_task(self._poll(), name="configuration poll")
 
     async def drain(self) -> None:
         """Take no more requests, let live ones go on for a while, then end them with `draining`."""
         self.draining = True
-        deadline_s = time.monotonic() + self.settings.drain_s
-        while self.live and time.monotonic() < deadline_s:  # noqa: ASYNC110 - a drain is rare, an event is not
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + self.settings.drain_s
+        while self.live and loop.time() < deadline_s:  # noqa: ASYNC110 - a drain is rare, an event is not
             await asyncio.sleep(0.02)
         for conduct in list(self.live):
             conduct.stop(Outcome.DRAINING, Draining("this process is going away; ask again", retry_after_s=1))

@@ -38,13 +38,19 @@ class Holder:
         on_lost: Callable[[], None],
         checkpoints: Callable[[], Iterable[Checkpoint]],
         on_busy: Callable[[Collection[UUID]], None],
+        ttl_s: float = TTL_S,
+        clock_s: Callable[[], float] = boot_time_s,
+        new_id: Callable[[], UUID] = uuid4,
     ) -> None:
         """`on_lost` is called when what this process holds is no longer its own: its streams must end; `on_busy` with
         the requests whose checkpoint could not be written now and should come again.
         """
-        self.holder_id: UUID = uuid4()
+        self.holder_id: UUID = new_id()
         self.deadline_s = 0.0
-        """On `boot_time_s`: until then what this process holds is its own."""
+        """On the clock given, `boot_time_s`: until then what this process holds is its own."""
+        self._ttl_s = ttl_s
+        self._clock_s = clock_s
+        self._new_id = new_id
         self._name = name
         self._on_lost = on_lost
         self._checkpoints = checkpoints
@@ -53,13 +59,13 @@ class Holder:
     @property
     def lives(self) -> bool:
         """Whether what this process holds is its own. Asked once per read of a provider's stream."""
-        return time.clock_gettime(_CLOCK) < self.deadline_s
+        return self._clock_s() < self.deadline_s
 
     async def register(self, pool: Connection) -> None:
         """Begin to live. Raises `LedgerError`."""
-        sent_s = boot_time_s()
-        await holders.register(pool, self.holder_id, self._name)
-        self.deadline_s = sent_s + TTL_S - MARGIN_S
+        sent_s = self._clock_s()
+        await holders.register(pool, self.holder_id, self._name, self._ttl_s)
+        self.deadline_s = sent_s + self._ttl_s - MARGIN_S
 
     async def run(self, pool: Connection) -> None:
         """Renew each second, and write how far streams have come."""
@@ -81,14 +87,14 @@ class Holder:
             logger.warning("the holder is left to expire: %s", error)
 
     async def _renew(self, pool: Connection) -> None:
-        sent_s = boot_time_s()
-        if await holders.renew(pool, self.holder_id):
-            self.deadline_s = sent_s + TTL_S - MARGIN_S
+        sent_s = self._clock_s()
+        if await holders.renew(pool, self.holder_id, self._ttl_s):
+            self.deadline_s = sent_s + self._ttl_s - MARGIN_S
             return
         logger.error("this process was silent for too long: what it held is not its own any more")
         self.deadline_s = 0.0
         self._on_lost()
-        self.holder_id = uuid4()
+        self.holder_id = self._new_id()
         await self.register(pool)
 
     async def _write(self, pool: Connection, checkpoints: Sequence[Checkpoint]) -> None:
