@@ -49,6 +49,7 @@ class Bookkeeping(RuleBasedStateMachine):
     """Two users, with a budget of money each and three budgets in common."""
 
     dsn = ""
+    books_of: type[Books] = Books
     holds: Bundle[UUID] = Bundle("holds")
     past: Bundle[UUID] = Bundle("past")
 
@@ -56,7 +57,7 @@ class Bookkeeping(RuleBasedStateMachine):
         super().__init__()
         self.runner = asyncio.Runner()
         self.connection: Any = self.run(self.opened())
-        self.books = Books(self.dsn, self.connection)
+        self.books = self.books_of(self.dsn, self.connection)
         self.limits = dict(LIMITS)
         self.suspended = False
         self.windows: dict[tuple[str, str], Balance] = {}

@@ -1,0 +1,297 @@
+"""The ledger in memory: what `admit_v1`, `extend_batch_v1` and `settle_batch_v1` do, on plain numbers.
+
+For tests that need thousands of ledgers, or a clock of their own. `test_memory_ledger.py` plays the same operations to
+this and to PostgreSQL and compares every answer, balance and posting. One call is one statement: nothing comes between.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+
+from ledger.memory_windows import Key, Window, Windows
+
+SETTLE_SEQ = 1_000_000
+VOID: dict[str, Any] = {"verdict": "void"}
+
+
+class Hold:
+    """Money that left `available` for one request, or the tombstone of one that never came."""
+
+    __slots__ = (
+        "admitted_at", "answer", "attributes", "checkpoint", "checkpoint_lines", "ended_at", "extension", "granted",
+        "holder_id", "input_amount", "input_tokens", "last_seq", "lines", "output_rate", "price_key", "state",
+        "suspense_at",
+    )  # fmt: skip
+
+    def __init__(self, state: str, now_s: float) -> None:
+        self.state = state
+        self.admitted_at = now_s
+        self.ended_at: float | None = None
+        self.holder_id: UUID | None = None
+        self.attributes: dict[str, Any] = {}
+        self.price_key = ""
+        self.output_rate = self.granted = self.last_seq = self.input_tokens = self.input_amount = 0
+        self.answer: dict[str, Any] | None = None
+        self.extension: dict[str, Any] | None = None
+        self.lines: dict[int, int] = {}
+        """What is, or was, held: by window, in ascending order."""
+        self.checkpoint = (0, 0, 0)
+        """Input tokens, output tokens, pico-USD."""
+        self.checkpoint_lines: list[dict[str, Any]] = []
+        self.suspense_at: float | None = None
+
+
+def grant(available: int, rate: int, need: int, want: int, shares: int, live: int) -> int:
+    """How many output tokens a window grants; -1: the need cannot be afforded."""
+    if available < need * rate or available < 0:
+        return -1
+    most = max(want, need)
+    if rate == 0:
+        return most
+    return min(most, available // rate, max(need, 16, available // (rate * shares * live)))
+
+
+class MoneyLedger(Windows):
+    """The three functions that move money."""
+
+    def __init__(self, clock_s: Callable[[], float]) -> None:
+        super().__init__(clock_s)
+        self.holds: dict[Key, Hold] = {}
+        self.requests: dict[Key, dict[str, Any]] = {}
+        """Attribution and outcome of what ended."""
+        self.usage_lines: list[tuple[UUID, int, str, int, int, int]] = []
+        """Request, entry, class, quantity, rate, amount."""
+        self.overruns: set[UUID] = set()
+        """Requests with a posting to overrun since their settlement."""
+        self.ended: list[Key] = []
+        """What ended, in that order."""
+
+    def holder_may_admit(self, holder_id: UUID) -> bool:
+        """Whether a holder may be given money."""
+        raise NotImplementedError
+
+    # --- admission ---------------------------------------------------------------------------------------------
+
+    def admit_v1(
+        self, tenant: str, request: UUID, holder: UUID, attributes: dict[str, Any], price_key: str, input_tokens: int,
+        input_amount: int, output_rate: int, need: int, want: int, shares: int,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Admit one request against every budget that matches it."""
+        known = self.holds.get((tenant, request))
+        if known is not None:
+            return known.answer or VOID if known.state == "open" else VOID
+        if not self.holder_may_admit(holder):
+            return VOID
+        if (tenant, attributes.get("project", "")) in self.suspended_projects:
+            return _suspended("project", attributes["project"])
+        budgets: dict[int, dict[str, Any]] = {}
+        for budget in self.matching(tenant, attributes):
+            if budget["suspended"]:
+                return _suspended("budget", budget["budget_id"])
+            budgets[self.open_window_v1(budget, attributes).window_id] = budget
+        refused, granted, bound_by = self._afford(budgets, input_tokens, input_amount, output_rate, need, want, shares)
+        if refused is not None:
+            return refused
+        hold = self.holds[tenant, request] = Hold("open", self.clock_s())
+        hold.holder_id, hold.attributes, hold.price_key = holder, attributes, price_key
+        hold.output_rate, hold.granted = output_rate, granted
+        hold.input_tokens, hold.input_amount = input_tokens, input_amount
+        hold.answer = {
+            "verdict": "granted", "output_tokens": granted, "windows": list(budgets), "bound_by": bound_by,
+        }  # fmt: skip
+        for window_id in sorted(budgets):
+            window = self.windows[window_id]
+            held = window.input_part(input_tokens, input_amount) + granted * window.output_rate(output_rate)
+            hold.lines[window_id] = held
+            self.post(request, window_id, 0, "available", "held", held)
+            window.held += held
+            window.live += 1
+            self.touched.add(window_id)
+            window.check()
+        return hold.answer
+
+    def _afford(
+        self, budgets: dict[int, dict[str, Any]], input_tokens: int, input_amount: int, output_rate: int, need: int,
+        want: int, shares: int,
+    ) -> tuple[dict[str, Any] | None, int, dict[str, Any] | None]:  # fmt: skip
+        refused: dict[str, Any] | None = None
+        bound_by: dict[str, Any] | None = None
+        granted = max(want, need)
+        for window_id in sorted(budgets):
+            window, budget = self.windows[window_id], budgets[window_id]
+            if window.ceiling is None:
+                continue
+            left = window.limit - window.balance - window.input_part(input_tokens, input_amount)
+            possible = grant(left, window.output_rate(output_rate), need, want, shares, window.live + 1)
+            if possible >= granted:
+                continue
+            if possible >= 0:
+                granted, bound_by = possible, self.refusal(budget, window)
+            elif refused is None or (refused["reason"] == "rate" and budget["refusal"] == "quota"):
+                refused = self.refusal(budget, window)
+        return refused, granted, bound_by
+
+    # --- extensions --------------------------------------------------------------------------------------------
+
+    def extend_batch_v1(
+        self, tenants: Sequence[str], requests: Sequence[UUID], seqs: Sequence[int], needs: Sequence[int],
+        wants: Sequence[int], shares: int,
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        """More output tokens for several holds."""
+        return [
+            {"request_id": request, "answer": self._extend(tenant, request, seq, need, want, shares)}
+            for tenant, request, seq, need, want in zip(tenants, requests, seqs, needs, wants, strict=True)
+        ]
+
+    def _extend(self, tenant: str, request: UUID, seq: int, need: int, want: int, shares: int) -> dict[str, Any]:
+        hold = self.holds.get((tenant, request))
+        if hold is None or hold.state != "open":
+            return VOID
+        if seq <= hold.last_seq:
+            return hold.extension or hold.answer or VOID
+        refused, granted = self._more(tenant, hold, need, want, shares)
+        answer = refused if refused is not None else {"verdict": "granted", "output_tokens": granted}
+        if refused is None:
+            for window_id in hold.lines:
+                window = self.windows[window_id]
+                amount = granted * window.output_rate(hold.output_rate)
+                self.post(request, window_id, seq, "available", "held", amount)
+                hold.lines[window_id] += amount
+                window.held += amount
+                window.check()
+            hold.granted += granted
+        hold.last_seq, hold.extension = seq, answer
+        return answer
+
+    def _more(
+        self, tenant: str, hold: Hold, need: int, want: int, shares: int
+    ) -> tuple[dict[str, Any] | None, int]:  # fmt: skip
+        project = hold.attributes.get("project", "")
+        if (tenant, project) in self.suspended_projects:
+            return _suspended("project", project), 0
+        refused: dict[str, Any] | None = None
+        granted = max(want, need)
+        for window_id in hold.lines:
+            window = self.windows[window_id]
+            budget = self.budgets[tenant, window.budget_id]
+            if budget["suspended"]:
+                return _suspended("budget", window.budget_id), 0
+            rate = window.output_rate(hold.output_rate)
+            if window.ceiling is None or rate == 0:
+                continue
+            possible = grant(window.limit - window.balance, rate, need, want, shares, max(window.live, 1))
+            if possible >= 0:
+                granted = min(granted, possible)
+            elif refused is None:
+                refused = self.refusal(budget, window)
+        return refused, granted
+
+    # --- settling ----------------------------------------------------------------------------------------------
+
+    def settle_batch_v1(self, items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """End several requests; "settled", "already", "corrected" or "unknown" for each."""
+        results: dict[Key, str] = {}
+        todo: dict[Key, dict[str, Any]] = {}
+        late: dict[Key, dict[str, Any]] = {}
+        for item in items:
+            key = (item["tenant_id"], item["request_id"])
+            hold = self.holds.get(key)
+            if key in results:
+                continue
+            if hold is None:
+                results[key] = "unknown"
+            elif hold.state in ("open", "suspense"):
+                results[key], todo[key] = "settled", item
+            elif hold.state == "charged_by_policy":
+                results[key], late[key] = "corrected", item
+            else:
+                results[key] = "already"
+        self._move(todo)
+        now_s = self.clock_s()
+        for key, item in todo.items():
+            self.holds[key].state, self.holds[key].ended_at = item["state"], now_s
+            self._write_request(key, item)
+            self._write_lines(key[1], 0, item["lines"])
+            self.ended.append(key)
+        for key in sorted(late):
+            self.correct(key, late[key])
+        for key, result in results.items():
+            if result == "unknown":
+                self.holds[key] = tombstone = Hold("void", now_s)
+                tombstone.ended_at = now_s
+        return [
+            {
+                "request_id": item["request_id"],
+                "result": results[item["tenant_id"], item["request_id"]],
+                "overrun": item["request_id"] in self.overruns,
+            }
+            for item in items
+        ]
+
+    def correct(self, key: Key, item: dict[str, Any]) -> None:
+        """A settlement that comes after its hold was charged by policy."""
+        raise NotImplementedError
+
+    def _move(self, todo: dict[Key, dict[str, Any]]) -> None:
+        """Per window: from the hold, from the window's room in the order of the ids, beyond it."""
+        by_window: dict[int, list[tuple[Key, int, int, str]]] = {}
+        for key in sorted(todo):
+            hold, item = self.holds[key], todo[key]
+            account = "suspense" if hold.state == "suspense" else "held"
+            for window_id, held in hold.lines.items():
+                due = self.windows[window_id].charge(
+                    item["amount_pico"], item["input_tokens"], item["output_tokens"], item["requests"]
+                )
+                by_window.setdefault(window_id, []).append((key, due, held, account))
+        for window_id, charges in by_window.items():
+            self._move_in(self.windows[window_id], charges)
+
+    def _move_in(self, window: Window, charges: list[tuple[Key, int, int, str]]) -> None:
+        released = sum(max(held - due, 0) for _, due, held, _ in charges)
+        room = max(window.limit - window.balance + released, 0)
+        for (_, request), due, held, account in charges:
+            from_hold = min(due, held)
+            excess = due - from_hold
+            from_room = excess if window.ceiling is None else min(excess, room)
+            room -= min(excess, room)
+            self.post(request, window.window_id, SETTLE_SEQ, account, "spent", from_hold)
+            self.post(request, window.window_id, SETTLE_SEQ, account, "available", held - from_hold)
+            self.post(request, window.window_id, SETTLE_SEQ, "available", "spent", from_room)
+            self.post(request, window.window_id, SETTLE_SEQ, "funding", "overrun", excess - from_room)
+            window.spent += from_hold + from_room
+            if account == "held":
+                window.held -= held
+            else:
+                window.suspense -= held
+            if excess - from_room:
+                window.overrun += excess - from_room
+                self.overruns.add(request)
+            window.live -= 1
+        window.settle_ceiling()
+        self.touched.add(window.window_id)
+        window.check()
+
+    def _write_request(self, key: Key, item: dict[str, Any]) -> None:
+        if key in self.requests:
+            raise asyncpg.UniqueViolationError(f"request {key[1]} has an outcome already")
+        self.requests[key] = {
+            "outcome": item["outcome"],
+            "source": item["source"],
+            "input_tokens": item["input_tokens"],
+            "output_tokens": item["output_tokens"],
+            "amount_pico": item["amount_pico"],
+            "facts": {**item["facts"], "requests": item["requests"]},
+        }
+
+    def _write_lines(self, request: UUID, entry: int, lines: Sequence[dict[str, Any]]) -> None:
+        for line in lines:
+            quantity, rate, amount = line["quantity"], line["rate_pico"], line["amount_pico"]
+            if amount != quantity * rate:
+                raise asyncpg.CheckViolationError(f"a usage line of {request} does not add up")
+            self.usage_lines.append((request, entry, line["class"], quantity, rate, amount))
+
+
+def _suspended(what: str, name: str) -> dict[str, Any]:
+    return {"verdict": "refused", "reason": "suspended", "what": what, "name": name}
