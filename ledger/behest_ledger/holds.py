@@ -36,7 +36,7 @@ class Refused(msgspec.Struct, frozen=True, kw_only=True):
     budget: str = ""
     scope: dict[str, str] = {}
     subject: list[Any] = []
-    unit: Literal["usd", "tokens", "requests"] = "usd"
+    unit: Literal["usd", "tokens", "requests", "concurrency"] = "usd"
     window_id: int = 0
     limit: int = 0
     spent: int = 0

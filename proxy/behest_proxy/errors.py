@@ -16,7 +16,7 @@ class ShownError(Exception):
     status: ClassVar[int] = 500
     code: ClassVar[str] = "server_error"
     type: ClassVar[str] = "server_error"
-    may_retry: ClassVar[bool] = False
+    may_retry: bool = False
     """False sends `x-should-retry: false`: the OpenAI SDKs otherwise retry 409, 429 and 5xx twice."""
 
     def __init__(
@@ -27,6 +27,7 @@ class ShownError(Exception):
         param: str | None = None,
         details: Mapping[str, Any] | None = None,
         retry_after_s: int | None = None,
+        may_retry: bool | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -34,6 +35,8 @@ class ShownError(Exception):
         self.param = param
         self.details = dict(details) if details else None
         self.retry_after_s = retry_after_s
+        if may_retry is not None:
+            self.may_retry = may_retry
 
     def members(self) -> dict[str, Any]:
         """The members of the envelope's `error` object; `type` and `param` are there because OpenAI SDKs read them."""

@@ -6,6 +6,9 @@ from behest_ledger.holds import Refused
 from behest_ledger.money import usd_from_pico
 from behest_proxy.errors import Forbidden, QuotaExceeded, RateLimited, ShownError
 
+RETRY_AFTER_MAX_S = 60
+"""Nobody's SDK waits longer by itself: the OpenAI SDKs then come back within seconds, to be refused again."""
+
 
 def shown(refusal: Refused, *, partial: Any = None) -> ShownError:
     """The error for a refusal: 403 for what is suspended, 429 for a rate, 402 for money.
@@ -17,7 +20,7 @@ def shown(refusal: Refused, *, partial: Any = None) -> ShownError:
             f"{refusal.what} {refusal.name} is suspended",
             details={"reason": "suspended", "what": refusal.what, "name": refusal.name},
         )
-    details = {
+    details: dict[str, Any] = {
         "budget": refusal.budget,
         "scope": refusal.scope,
         "unit": refusal.unit,
@@ -29,14 +32,19 @@ def shown(refusal: Refused, *, partial: Any = None) -> ShownError:
     }
     if partial is not None:
         details["partial"] = partial
-    unit = "USD" if refusal.unit == "usd" else refusal.unit
-    text = f"{details['spent']} of {details['limit']} {unit} are spent and {details['held']} held"
+    if refusal.unit == "concurrency":
+        text = f"{details['held']} of {details['limit']} requests run at once"
+    else:
+        unit = "USD" if refusal.unit == "usd" else refusal.unit
+        text = f"{details['spent']} of {details['limit']} {unit} are spent and {details['held']} held"
     until = f"; it resets at {refusal.resets_at}" if refusal.resets_at else ""
     if refusal.reason == "rate":
+        retry_after_s = refusal.retry_after_s or 1
         return RateLimited(
             f"limit {refusal.budget} is reached: {text}{until}",
             details=details,
-            retry_after_s=refusal.retry_after_s or 1,
+            retry_after_s=retry_after_s,
+            may_retry=refusal.unit != "concurrency" and retry_after_s <= RETRY_AFTER_MAX_S,
         )
     return QuotaExceeded(f"budget {refusal.budget} cannot pay for this: {text}{until}", details=details)
 

@@ -130,7 +130,7 @@ class Books:
         name: str,
         limit: int,
         *,
-        unit: Literal["usd", "tokens", "requests"] = "usd",
+        unit: Literal["usd", "tokens", "requests", "concurrency"] = "usd",
         scope: dict[str, str] | None = None,
         per: Sequence[str] = (),
         period: str = "lifetime",
@@ -142,6 +142,7 @@ class Books:
         suspended: bool = False,
         tenant: str = TENANT,
         labels: dict[str, str] | None = None,
+        thresholds: Sequence[int] = (),
     ) -> str:
         """Write a budget and return its id. Writing it again changes it."""
         row = {
@@ -159,7 +160,7 @@ class Books:
             "alignment": alignment,
             "time_zone": zone,
             "enforcement": enforcement,
-            "alert_thresholds": [],
+            "alert_thresholds": list(thresholds),
             "suspended": suspended,
             "refusal": refusal,
         }

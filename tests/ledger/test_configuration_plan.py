@@ -20,7 +20,7 @@ from behest_ledger.configuration.plan import (
     plan,
     tenants_of_namespaces,
 )
-from behest_ledger.configuration.records import BudgetRecord, wire_budget_spec
+from behest_ledger.configuration.records import BudgetRecord, is_tier_budget, wire_budget_spec
 from behest_ledger.configuration.state import ConfigurationState, StoredBudget, StoredSpec
 from behest_ledger.configuration.status import BudgetStatus
 
@@ -241,20 +241,24 @@ def test_a_reference_to_what_does_not_exist_is_a_warning() -> None:
 
 
 def test_a_tier_is_budgets() -> None:
-    tier, minute, day, tokens = planned([ALL[2]]).changes
+    rates = {"requestsPerMinute": 10, "requestsPerDay": 100, "tokensPerDay": 50_000, "concurrency": 3}
+    tier, *budgets = planned([free(**rates)]).changes
     assert isinstance(tier, PutTier)
-    records = [change.record for change in (minute, day, tokens) if isinstance(change, PutBudget)]
+    records = [change.record for change in budgets if isinstance(change, PutBudget)]
     assert [
         (record.budget_id, record.unit, record.limit_amount, record.period, record.refusal) for record in records
     ] == [
         ("demo/tier:free:requests-per-minute", "requests", 10, "minute", "rate"),
         ("demo/tier:free:requests-per-day", "requests", 100, "day", "rate"),
         ("demo/tier:free:tokens-per-day", "tokens", 50_000, "day", "quota"),
+        ("demo/tier:free:concurrency", "concurrency", 3, "lifetime", "rate"),
     ]
     for record in records:
+        assert is_tier_budget(record)
         assert record.per == ["project", "user"]
         assert record.scope == {"namespace": "demo", "tier": "free"}
         assert record.token_kind == "both"
+    assert not is_tier_budget(record_of(sessions()))
 
 
 def test_a_rate_that_a_tier_no_longer_has_ends() -> None:
@@ -319,8 +323,11 @@ def test_globs_match_what_they_say(pattern: str, text: str) -> None:
     ("changes", "phase"),
     [
         ({}, "Active"),
-        ({"remaining": 249_999_999_999}, "Warning"),
-        ({"remaining": 1, "active": 2, "exhausted": 1}, "Warning"),
+        # What is held only is not spent: a hold comes and goes.
+        ({"remaining": 1, "held": 499_999_999_999, "active": 2}, "Active"),
+        ({"most_used": 249_999_999_999}, "Active"),
+        ({"most_used": 250_000_000_000}, "Warning"),
+        ({"remaining": 1, "most_used": 499_999_999_999, "active": 2, "exhausted": 1}, "Warning"),
         ({"remaining": 1, "active": 1, "exhausted": 1}, "Exhausted"),
     ],
 )
@@ -329,5 +336,9 @@ def test_a_budgets_phase_is_the_first_thing_to_know(changes: dict[str, Any], pha
     members: dict[str, Any] = {"record": record, "remaining": record.limit_amount, **changes}
     status = BudgetStatus(**members)
     assert status.phase == phase
+    soft = record_of(sessions(enforcement="Soft"))
+    for used, told in ((soft.limit_amount - 1, "Active"), (soft.limit_amount, "Warning"), (10**20, "Warning")):
+        left = soft.limit_amount - used
+        assert BudgetStatus(record=soft, remaining=left, most_used=used, active=1).phase == told
     suspended = record_of(sessions(suspended=True))
     assert BudgetStatus(record=suspended, remaining=suspended.limit_amount).phase == "Suspended"

@@ -101,9 +101,10 @@ def test_a_budget_that_was_not_used_yet_shows_its_whole_limit(dsn: str) -> None:
         await books.budget("roll", 7, unit="requests", period="hour", alignment="rolling")
         life, month, roll = await budgets_of(books.connection, "acme", WHO)
         assert life == BudgetState(
-            budget="demo/life", unit="usd", limit="500", spent="0", held="0", remaining="500", period="lifetime",
-            enforcement="hard", suspended=True, resets_at=None,
+            budget="demo/life", unit="usd", limit="500", spent="0", held="0", overrun="0", remaining="500",
+            period="lifetime", enforcement="hard", alert_thresholds=[], suspended=True, resets_at=None,
         )  # fmt: skip
+        assert [state.phase for state in (life, month, roll)] == ["Suspended", "Active", "Active"]
         assert (month.limit, month.remaining, month.enforcement) == (str(10**25), str(10**25), "soft")
         assert month.resets_at is not None
         assert month.resets_at.day == 1

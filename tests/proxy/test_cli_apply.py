@@ -157,7 +157,12 @@ def budget_status(text: str, **members: int) -> BudgetStatus:
 def test_budgets_are_a_table_that_a_person_can_read() -> None:
     out = io.StringIO()
     of_session = budget_status(
-        BUDGET, spent=300_000_000_000, held=50_000_000_000, remaining=150_000_000_000, active=1, exhausted=0
+        BUDGET,
+        spent=300_000_000_000,
+        held=50_000_000_000,
+        remaining=150_000_000_000,
+        active=1,
+        most_used=300_000_000_000,
     )
     of_tenant = budget_status(
         BUDGET.replace("{project: shop}", "{tenant: acme, user: 'a*'}")
@@ -169,7 +174,7 @@ def test_budgets_are_a_table_that_a_person_can_read() -> None:
     print_table(Terminal(out), *get.budget_rows([of_session, of_tenant]))
     columns = [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in out.getvalue().splitlines()]
     assert columns == [
-        ["NAMESPACE", "NAME", "SCOPE", "LIMIT", "SPENT", "HELD", "REMAINING", "WINDOW", "PHASE"],
+        ["NAMESPACE", "NAME", "SCOPE", "LIMIT", "SPENT", "HELD", "REMAINING", "EXHAUSTED", "WINDOW", "PHASE"],
         [
             "demo",
             "shop-sessions",
@@ -178,6 +183,7 @@ def test_budgets_are_a_table_that_a_person_can_read() -> None:
             "0.3",
             "0.05",
             "0.15",
+            "0 of 1",
             "Day Europe/Berlin",
             "Warning",
         ],
@@ -189,6 +195,7 @@ def test_budgets_are_a_table_that_a_person_can_read() -> None:
             "0",
             "0",
             "9",
+            "0 of 0",
             "Hour rolling (soft)",
             "Suspended",
         ],

@@ -32,7 +32,26 @@ def test_a_rate_may_be_tried_again_later() -> None:
     error = refusals.shown(Refused(reason="rate", budget="free", unit="requests", limit=10, spent=10, retry_after_s=42))
     assert isinstance(error, RateLimited)
     assert (error.status, error.retry_after_s) == (429, 42)
+    assert error.headers() == [(b"retry-after", b"42")]
     assert refusals.shown(Refused(reason="rate")).retry_after_s == 1
+
+
+def test_a_rate_that_comes_back_tomorrow_is_not_tried_again_by_itself() -> None:
+    error = refusals.shown(Refused(reason="rate", unit="requests", retry_after_s=61))
+    assert error.headers() == [(b"retry-after", b"61"), (b"x-should-retry", b"false")]
+
+
+def test_too_many_at_once_says_how_many_run() -> None:
+    error = refusals.shown(
+        Refused(reason="rate", budget="demo/tier:free:concurrency", unit="concurrency", limit=2, held=2)
+    )
+    assert isinstance(error, RateLimited)
+    assert error.message == "limit demo/tier:free:concurrency is reached: 2 of 2 requests run at once"
+    assert error.headers() == [(b"retry-after", b"1"), (b"x-should-retry", b"false")]
+    assert error.details == {
+        "budget": "demo/tier:free:concurrency", "scope": {}, "unit": "concurrency", "limit": "2", "spent": "0",
+        "held": "2", "remaining": "0", "resets_at": None,
+    }  # fmt: skip
 
 
 def test_what_is_suspended_is_forbidden() -> None:

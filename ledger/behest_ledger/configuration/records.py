@@ -16,7 +16,8 @@ from behest_ledger.money import pico_from_usd, usd_from_pico
 PER_ORDER: tuple[PerName, ...] = ("namespace", "project", "user", "session", "model", "tier", "workload")
 """The order of a subject's values; a budget's `per` is always written in it."""
 
-Unit: TypeAlias = Literal["usd", "tokens", "requests"]
+Unit: TypeAlias = Literal["usd", "tokens", "requests", "concurrency"]
+"""`concurrency` counts requests at once: held while they are open, charged nothing. Only tiers have it."""
 
 
 class BudgetRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,7 +36,7 @@ class BudgetRecord(msgspec.Struct, frozen=True, kw_only=True):
     unit: Unit
     token_kind: Literal["both", "input", "output"]
     limit_amount: int
-    """Pico-USD, tokens or requests, by `unit`."""
+    """Pico-USD, tokens, requests, or requests at once, by `unit`."""
     period: str
     alignment: str
     time_zone: str
@@ -73,12 +74,16 @@ def budget_record(budget: Budget, *, tenant_id: str) -> BudgetRecord:
 
 
 def tier_budget_records(tier: Tier, *, tenant_id: str) -> list[BudgetRecord]:
-    """The rows of a Tier's rates, each per (project, user). Concurrency is no budget: it has no window."""
+    """The rows of a Tier's rates, each per (project, user).
+
+    Concurrency is one of them: its window never ends, and what a request holds in it comes back whole.
+    """
     spec = tier.spec
     rates: list[tuple[str, int | None, Unit, str, Literal["quota", "rate"]]] = [
         ("requests-per-minute", spec.requests_per_minute, "requests", "minute", "rate"),
         ("requests-per-day", spec.requests_per_day, "requests", "day", "rate"),
         ("tokens-per-day", spec.tokens_per_day, "tokens", "day", "quota"),
+        ("concurrency", spec.concurrency, "concurrency", "lifetime", "rate"),
     ]
     return [
         BudgetRecord(
@@ -108,6 +113,11 @@ def tier_budget_records(tier: Tier, *, tenant_id: str) -> list[BudgetRecord]:
 def tier_budget_prefix(tier_name: str) -> str:
     """How the names of a Tier's budgets begin. No Budget resource can be named so: a colon is no DNS name."""
     return f"tier:{tier_name}:"
+
+
+def is_tier_budget(record: BudgetRecord) -> bool:
+    """Whether the row belongs to a Tier, and is no Budget resource."""
+    return record.name.startswith("tier:")
 
 
 def in_order(names: Iterable[str]) -> list[str]:

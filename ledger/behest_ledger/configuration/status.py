@@ -1,5 +1,6 @@
 """How a budget stands: its current windows summed up, and the one word for it that people read first."""
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, Literal, TypeAlias
 
@@ -37,11 +38,13 @@ class BudgetStatus(msgspec.Struct, frozen=True, kw_only=True):
     overrun: int = 0
     """Charged beyond what the windows could pay: the provider did not keep its word."""
     remaining: int
-    """Of the subject that has least; the limit where no window is open."""
+    """Of the subject that has least; the limit where no window is open. Of a soft budget it may be below zero."""
     active: int = 0
     """Subjects with a current window."""
     exhausted: int = 0
-    """Those of them that cannot pay another request."""
+    """Those of them that cannot pay another request; none, where the budget is soft."""
+    most_used: int = 0
+    """What was charged to the subject to which most was, overrun included: what alert thresholds go by."""
     window_ends_at: datetime | None = None
     """When the last of the current windows ends; None: none is open, or it never ends."""
     biggest: list[SubjectStatus] = []
@@ -49,16 +52,15 @@ class BudgetStatus(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def phase(self) -> Phase:
-        """Suspended; Exhausted where no subject can pay; Warning where one reached the first alert threshold."""
-        if self.record.suspended:
-            return "Suspended"
-        if self.active and self.exhausted == self.active:
-            return "Exhausted"
-        used = self.record.limit_amount - self.remaining
-        thresholds = self.record.alert_thresholds
-        if thresholds and used * 100 >= thresholds[0] * self.record.limit_amount:
-            return "Warning"
-        return "Active"
+        """Exhausted where no subject can pay any more; Warning where one has reached an alert threshold."""
+        return phase_of(
+            limit_amount=self.record.limit_amount,
+            used=self.most_used,
+            thresholds=self.record.alert_thresholds,
+            soft=self.record.enforcement == "soft",
+            exhausted=self.active > 0 and self.exhausted == self.active,
+            suspended=self.record.suspended,
+        )
 
     def wire(self) -> dict[str, Any]:
         """The status of a Budget resource."""
@@ -86,15 +88,31 @@ class BudgetStatus(msgspec.Struct, frozen=True, kw_only=True):
         return status
 
 
+def phase_of(
+    *, limit_amount: int, used: int, thresholds: Sequence[int], soft: bool, exhausted: bool, suspended: bool
+) -> Phase:
+    """The one word for a budget of which `used` was charged, overrun included.
+
+    A soft budget is never Exhausted, because it stops nobody: above its limit it is a Warning, threshold or none.
+    """
+    if suspended:
+        return "Suspended"
+    if exhausted and not soft:
+        return "Exhausted"
+    if thresholds and used * 100 >= thresholds[0] * limit_amount:
+        return "Warning"
+    return "Warning" if soft and used >= limit_amount else "Active"
+
+
 def shown_amount(amount: int, unit: str) -> str:
     """An amount as a decimal string: USD, or a count."""
     return usd_from_pico(amount) if unit == "usd" else str(amount)
 
 
-def spare_amount(record: BudgetRecord) -> int:
+def spare_amount(unit: str, limit_amount: int) -> int:
     """With less than this left, no request can be paid: a budget is rarely used up to its last pico-USD."""
-    if record.unit == "usd":
-        return max(1, min(record.limit_amount // 1000, _SPARE_PICO_MAX))
-    if record.unit == "tokens":
-        return max(1, min(record.limit_amount // 100, _SPARE_TOKENS))
+    if unit == "usd":
+        return max(1, min(limit_amount // 1000, _SPARE_PICO_MAX))
+    if unit == "tokens":
+        return max(1, min(limit_amount // 100, _SPARE_TOKENS))
     return 1

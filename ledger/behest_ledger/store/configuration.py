@@ -29,9 +29,10 @@ from behest_ledger.configuration.problems import InvalidManifestsError, Manifest
 from behest_ledger.configuration.records import BudgetRecord
 from behest_ledger.configuration.snapshot import Configuration, configuration_of
 from behest_ledger.configuration.state import ConfigurationState, StoredBudget, StoredSpec
-from behest_ledger.configuration.status import BudgetStatus, SubjectStatus, spare_amount
+from behest_ledger.configuration.status import BudgetStatus
 from behest_ledger.store.errors import LedgerConflictError, mapped
 from behest_ledger.store.pool import Connection, connect
+from behest_ledger.store.reports import budget_status
 
 _LOCK_KEY = 0x6265_6863  # "behc": one change of the configuration at a time per database
 _ATTEMPTS_MAX = 5
@@ -73,22 +74,6 @@ UPDATE ledger.budget SET deleted_at = clock_timestamp(), generation = generation
 WHERE tenant_id = $1 AND budget_id = $2 AND deleted_at IS NULL
 """
 _BUMP = "SELECT ledger.bump_configuration_v1($1)"
-_READ_WINDOWS = """
-SELECT s.subject::text AS subject, w.spent::text AS spent, (w.held + w.suspense)::text AS held,
-       total.active, total.exhausted, total.spent::text AS all_spent, total.held::text AS all_held,
-       total.overrun::text AS all_overrun, total.remaining::text AS remaining, total.ends_at
-FROM (
-    SELECT count(*) AS active, sum(spent) AS spent, sum(held + suspense) AS held, sum(overrun) AS overrun,
-           min(greatest(limit_amount - spent - held - suspense, 0)) AS remaining, max(ends_at) AS ends_at,
-           count(*) FILTER (WHERE limit_amount - spent - held - suspense < $3::text::numeric) AS exhausted
-    FROM ledger.budget_subject JOIN ledger.budget_window USING (tenant_id, budget_id, window_id)
-    WHERE tenant_id = $1 AND budget_id = $2 AND (ends_at IS NULL OR ends_at > clock_timestamp())
-) AS total
-LEFT JOIN ledger.budget_subject s ON s.tenant_id = $1 AND s.budget_id = $2
-JOIN ledger.budget_window w ON w.tenant_id = $1 AND w.window_id = s.window_id
-WHERE w.ends_at IS NULL OR w.ends_at > clock_timestamp()
-ORDER BY w.spent + w.held + w.suspense DESC, s.subject LIMIT 5
-"""
 
 
 class ApplyReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -225,7 +210,7 @@ async def read_budgets(
         async with _snapshot(connection) as reader:
             rows = await reader.fetch(_READ_BUDGETS, tenant_id, namespace)
             budgets = [budget.record for budget in map(_budget, rows) if not budget.deleted]
-            return [await _status(reader, record) for record in budgets]
+            return [await budget_status(reader, record) for record in budgets]
 
 
 @asynccontextmanager
@@ -254,32 +239,6 @@ async def _snapshot(connection: Connection) -> AsyncGenerator[Connection]:
         else:
             async with reader.transaction(isolation="repeatable_read", readonly=True):
                 yield reader
-
-
-async def _status(connection: Connection, record: BudgetRecord) -> BudgetStatus:
-    rows = await connection.fetch(_READ_WINDOWS, record.tenant_id, record.budget_id, str(spare_amount(record)))
-    if not rows:
-        return BudgetStatus(record=record, remaining=record.limit_amount)
-    first = rows[0]
-    return BudgetStatus(
-        record=record,
-        spent=int(first["all_spent"]),
-        held=int(first["all_held"]),
-        overrun=int(first["all_overrun"]),
-        remaining=int(first["remaining"]),
-        active=first["active"],
-        exhausted=first["exhausted"],
-        window_ends_at=first["ends_at"],
-        biggest=[
-            SubjectStatus(subject=_subject(row["subject"]), spent=int(row["spent"]), held=int(row["held"]))
-            for row in rows
-        ],
-    )
-
-
-def _subject(text: str) -> list[str]:
-    value = msgspec.json.decode(text)
-    return [str(part) for part in (value if isinstance(value, list) else [value])]
 
 
 async def _check_time_zones(connection: Connection, planned: Plan) -> None:

@@ -1,21 +1,23 @@
 """The keeper: one loop that ends what nobody else will end.
 
 It fences holders that are dead and moves their holds to suspense, charges what stayed there beyond the period of grace,
-makes the partitions of the months to come, and forgets holders of long ago. Many keepers may run, one works: the one
-that has an advisory lock of its own session. The lock saves work and is no condition of being right: each step is one
-function of the database that is whole, bounded, and may be called by anybody at any time.
+tells of budgets that reached a threshold, makes the partitions of the months to come, and forgets holders of long ago.
+Many keepers may run, one works: the one that has an advisory lock of its own session. The lock saves work and is no
+condition of being right: each step is one function of the database that is whole, bounded, and may be called by anybody
+at any time.
 """
 
 import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
 import asyncpg
 import msgspec
 
+from behest_ledger.configuration.status import shown_amount
 from behest_ledger.money import usd_from_pico
 from behest_ledger.store.errors import LedgerConflictError, LedgerError, LedgerRefusedError, mapped
 from behest_ledger.store.migrate import PARTITIONS_AHEAD_MONTHS, check_schema
@@ -38,6 +40,7 @@ ROUND_TIMEOUT_S = 60.0
 RETRY_FIRST_S = 0.5
 RETRY_MAX_S = 15.0
 
+_EVER = datetime.min.replace(tzinfo=UTC)
 _LOCK_KEY = 0x6265_6B70  # "bekp"; a migration takes "behe"
 
 
@@ -51,10 +54,30 @@ class KeeperReport(msgspec.Struct, frozen=True, kw_only=True):
     holds_to_suspense: int = 0
     charged_requests: int = 0
     charged_pico: int = 0
+    alerts: int = 0
+    """Thresholds of budgets that were reached."""
     partitions_made: int = 0
     holders_pruned: int = 0
     more: bool = False
     """There is more than one round may do."""
+
+
+class _Alert(msgspec.Struct, kw_only=True):
+    """What `ledger.tell_alerts_v1` tells of one threshold."""
+
+    tenant_id: str
+    budget_id: str
+    subject: list[Any]
+    unit: str
+    percent: int
+    used: str
+    limit: str
+
+    def __str__(self) -> str:
+        whose = f" of {msgspec.json.encode(self.subject).decode()}" if self.subject else ""
+        unit = "USD" if self.unit == "usd" else self.unit
+        used, limit = (shown_amount(int(amount), self.unit) for amount in (self.used, self.limit))
+        return f"budget {self.budget_id}{whose} has reached {self.percent} %: {used} of {limit} {unit} are spent"
 
 
 class Keeper:
@@ -75,6 +98,8 @@ class Keeper:
         self._writable_since: datetime | None = None
         """Since when this session sees the database take writes; None while another keeper works. A restart or a
         promotion ends the session, so nobody is reaped for renewals that could not be written meanwhile."""
+        self._places_free_until = _EVER
+        """All places of requests that came into suspense before are free already."""
         self._housekeeping_due_s = 0.0
         self._told_standby = False
 
@@ -106,15 +131,17 @@ class Keeper:
             fenced, suspended, more_to_reap = await self._reap(connection)
             made, pruned = await self._keep_house(connection)
             charged, charged_pico, more_to_charge = await self._charge(connection)
+            alerts, more_to_tell = await self._tell_alerts(connection)
         return KeeperReport(
             working=True,
             fenced=fenced,
             holds_to_suspense=suspended,
             charged_requests=charged,
             charged_pico=charged_pico,
+            alerts=alerts,
             partitions_made=made,
             holders_pruned=pruned,
-            more=more_to_reap or more_to_charge,
+            more=more_to_reap or more_to_charge or more_to_tell,
         )
 
     async def aclose(self) -> None:
@@ -193,7 +220,33 @@ class Keeper:
                 break
         if holds:
             logger.warning("%d requests of dead holders went to suspense", holds)
+        await self._free_places(connection)
         return tuple(names), holds, more
+
+    async def _free_places(self, connection: Connection) -> None:
+        """Give back the places of tiers' concurrency that dead sidecars' streams had."""
+        begun: datetime = await connection.fetchval("SELECT clock_timestamp()")
+        for _ in range(BATCHES_MAX):
+            freed: int = await connection.fetchval(
+                "SELECT ledger.free_concurrency_v1($1, $2)", BATCH_HOLDS_MAX, self._places_free_until
+            )
+            if freed < BATCH_HOLDS_MAX:
+                # What another round wrote at the same time may bear an earlier time and come later.
+                self._places_free_until = begun - timedelta(seconds=2 * ROUND_TIMEOUT_S)
+                break
+
+    async def _tell_alerts(self, connection: Connection) -> tuple[int, bool]:
+        alerts = 0
+        more = True
+        for _ in range(BATCHES_MAX):
+            row = await connection.fetchrow("SELECT told::text, more FROM ledger.tell_alerts_v1($1)", BATCH_HOLDS_MAX)
+            for alert in msgspec.json.decode(row["told"], type=list[_Alert]):
+                alerts += 1
+                logger.warning("%s", alert)
+            more = row["more"]
+            if not more:
+                break
+        return alerts, more
 
     async def _charge(self, connection: Connection) -> tuple[int, int, bool]:
         requests = 0

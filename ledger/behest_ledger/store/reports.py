@@ -5,6 +5,8 @@ from typing import Any
 
 import msgspec
 
+from behest_ledger.configuration.records import BudgetRecord
+from behest_ledger.configuration.status import BudgetStatus, Phase, SubjectStatus, phase_of, spare_amount
 from behest_ledger.store.errors import mapped
 from behest_ledger.store.pool import Connection
 
@@ -113,11 +115,28 @@ class BudgetState(msgspec.Struct, frozen=True, kw_only=True):
     limit: str
     spent: str
     held: str
+    overrun: str
+    """Charged beyond what the window could pay; alerts and the phase count it as spent."""
     remaining: str
+    """Of a soft budget it may be below zero, by as much as the limit was passed."""
     period: str
     enforcement: str
+    alert_thresholds: list[int]
     suspended: bool
     resets_at: datetime | None
+
+    @property
+    def phase(self) -> Phase:
+        """How the budget stands, in a word."""
+        limit_amount = int(self.limit)
+        return phase_of(
+            limit_amount=limit_amount,
+            used=int(self.spent) + int(self.overrun),
+            thresholds=self.alert_thresholds,
+            soft=self.enforcement == "soft",
+            exhausted=int(self.remaining) < spare_amount(self.unit, limit_amount),
+            suspended=self.suspended,
+        )
 
 
 async def budgets_of(connection: Connection, tenant_id: str, attributes: dict[str, Any]) -> list[BudgetState]:
@@ -128,10 +147,103 @@ async def budgets_of(connection: Connection, tenant_id: str, attributes: dict[st
     """
     with mapped():
         rows = await connection.fetch(
-            'SELECT budget_id AS budget, unit, limit_amount::text AS "limit", spent::text, held::text,'
-            " remaining::text, period, enforcement, suspended, resets_at"
-            " FROM ledger.budgets_of_v1($1, $2::text::jsonb)",
+            'SELECT budget_id AS budget, unit, limit_amount::text AS "limit", spent::text, held::text, overrun::text,'
+            " remaining::text, period, enforcement, alert_thresholds, suspended, resets_at"
+            " FROM ledger.budgets_of_v2($1, $2::text::jsonb)",
             tenant_id,
             msgspec.json.encode(attributes).decode(),
         )
     return [BudgetState(**dict(row)) for row in rows]
+
+
+_READ_WINDOWS = """
+SELECT s.subject::text AS subject, w.spent::text AS spent, (w.held + w.suspense)::text AS held,
+       total.active, total.exhausted, total.spent::text AS all_spent, total.held::text AS all_held,
+       total.overrun::text AS all_overrun, total.remaining::text AS remaining, total.most_used::text AS most_used,
+       total.ends_at
+FROM (
+    SELECT count(*) AS active, sum(spent) AS spent, sum(held + suspense) AS held, sum(overrun) AS overrun,
+           min(CASE WHEN ceiling IS NULL THEN limit_amount - spent - held - suspense
+               ELSE greatest(limit_amount - spent - held - suspense, 0) END) AS remaining,
+           max(spent + overrun) AS most_used, max(ends_at) AS ends_at,
+           count(*) FILTER (WHERE ceiling IS NOT NULL
+               AND limit_amount - spent - held - suspense < $3::text::numeric) AS exhausted
+    FROM ledger.budget_subject JOIN ledger.budget_window USING (tenant_id, budget_id, window_id)
+    WHERE tenant_id = $1 AND budget_id = $2 AND (ends_at IS NULL OR ends_at > clock_timestamp())
+) AS total
+LEFT JOIN ledger.budget_subject s ON s.tenant_id = $1 AND s.budget_id = $2
+JOIN ledger.budget_window w ON w.tenant_id = $1 AND w.window_id = s.window_id
+WHERE w.ends_at IS NULL OR w.ends_at > clock_timestamp()
+ORDER BY w.spent + w.held + w.suspense DESC, s.subject LIMIT 5
+"""
+
+
+async def budget_status(connection: Connection, record: BudgetRecord) -> BudgetStatus:
+    """How a budget stands: its current windows summed up, and the five biggest of them.
+
+    Raises `LedgerUnavailableError`.
+    """
+    with mapped():
+        rows = await connection.fetch(
+            _READ_WINDOWS, record.tenant_id, record.budget_id, str(spare_amount(record.unit, record.limit_amount))
+        )
+    if not rows:
+        return BudgetStatus(record=record, remaining=record.limit_amount)
+    first = rows[0]
+    return BudgetStatus(
+        record=record,
+        spent=int(first["all_spent"]),
+        held=int(first["all_held"]),
+        overrun=int(first["all_overrun"]),
+        remaining=int(first["remaining"]),
+        active=first["active"],
+        exhausted=first["exhausted"],
+        most_used=int(first["most_used"]),
+        window_ends_at=first["ends_at"],
+        biggest=[
+            SubjectStatus(subject=_subject(row["subject"]), spent=int(row["spent"]), held=int(row["held"]))
+            for row in rows
+        ],
+    )
+
+
+def _subject(text: str) -> list[str]:
+    """A subject's values as people read them; a session is told with its project and user."""
+    parts: list[Any] = msgspec.json.decode(text, type=list[Any])
+    return ["/".join(map(str, part)) if isinstance(part, list) else str(part) for part in parts]
+
+
+class Alert(msgspec.Struct, frozen=True, kw_only=True):
+    """One window has reached one threshold of its budget."""
+
+    budget: str
+    subject: list[str]
+    unit: str
+    percent: int
+    used: str
+    """Charged when it was told, overrun included; in the budget's unit."""
+    limit: str
+    reached_at: datetime
+
+
+async def alerts_since(
+    connection: Connection, tenant_id: str, since: datetime, *, budget_id: str | None = None, limit: int = 1000
+) -> list[Alert]:
+    """The thresholds of a tenant's budgets that were reached at a time or later, the oldest first.
+
+    Raises `LedgerUnavailableError`.
+    """
+    with mapped():
+        rows = await connection.fetch(
+            """
+            SELECT a.budget_id AS budget, a.subject::text AS subject, b.unit, a.percent, a.used::text,
+                   a.limit_amount::text AS "limit", a.reached_at
+            FROM ledger.budget_alert a JOIN ledger.budget b USING (tenant_id, budget_id)
+            WHERE a.tenant_id = $1 AND a.reached_at >= $2 AND ($3::text IS NULL OR a.budget_id = $3)
+            ORDER BY a.reached_at, a.budget_id, a.window_id, a.percent LIMIT $4""",
+            tenant_id,
+            since,
+            budget_id,
+            limit,
+        )
+    return [msgspec.convert({**row, "subject": _subject(row["subject"])}, Alert) for row in map(dict, rows)]

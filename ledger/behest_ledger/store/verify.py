@@ -96,7 +96,8 @@ CHECKS: dict[str, str] = {
         WHERE NOT CASE
             WHEN debit = 'available' AND credit = 'held' THEN seq BETWEEN 0 AND 999999
             WHEN debit = 'funding' AND credit = 'available' OR debit = 'available' AND credit = 'funding' THEN seq = 0
-            WHEN debit = 'held' AND credit = 'suspense' THEN seq = 1000001
+            WHEN seq = 1000001 THEN (debit, credit) IN (('held', 'suspense'), ('suspense', 'available'))
+            WHEN debit = 'held' AND credit = 'suspense' THEN false
             WHEN seq = 1000002 THEN (debit, credit) IN (('available', 'spent'), ('spent', 'available'),
                 ('funding', 'overrun'), ('overrun', 'funding'))
             ELSE seq = 1000000 AND (debit, credit) IN (('held', 'spent'), ('held', 'available'), ('available', 'spent'),
@@ -105,8 +106,9 @@ CHECKS: dict[str, str] = {
     "what was held for a request was posted for it": """
         SELECT format('request %s, window %s', l.request_id, l.window_id), coalesce(p.held, 0), l.held
         FROM ledger.hold_line l JOIN ledger.hold o USING (tenant_id, month, request_id) LEFT JOIN (
-            SELECT tenant_id, month, source_id, window_id, sum(amount) AS held FROM ledger.posting
-            WHERE credit = 'held' GROUP BY 1, 2, 3, 4) AS p
+            SELECT tenant_id, month, source_id, window_id,
+                   sum(CASE WHEN credit = 'held' THEN amount ELSE -amount END) AS held
+            FROM ledger.posting WHERE credit = 'held' OR debit = 'suspense' AND seq = 1000001 GROUP BY 1, 2, 3, 4) AS p
           ON p.tenant_id = l.tenant_id AND p.month = l.month AND p.source_id = l.request_id
          AND p.window_id = l.window_id
         WHERE coalesce(p.held, 0) <> l.held""",
@@ -130,8 +132,9 @@ CHECKS: dict[str, str] = {
     "an ended request holds nothing": """
         SELECT format('request %s, window %s', l.request_id, l.window_id), l.held, coalesce(p.released, 0)
         FROM ledger.hold_line l JOIN ledger.hold o USING (tenant_id, month, request_id) LEFT JOIN (
-            SELECT tenant_id, month, source_id, window_id, sum(amount) AS released FROM ledger.posting
-            WHERE debit = 'held' GROUP BY 1, 2, 3, 4) AS p
+            SELECT tenant_id, month, source_id, window_id,
+                   sum(CASE WHEN debit = 'held' THEN amount ELSE -amount END) AS released
+            FROM ledger.posting WHERE debit = 'held' OR debit = 'suspense' AND seq = 1000001 GROUP BY 1, 2, 3, 4) AS p
           ON p.tenant_id = l.tenant_id AND p.month = l.month AND p.source_id = l.request_id
          AND p.window_id = l.window_id
         WHERE o.state NOT IN ('open', 'suspense') AND l.held <> coalesce(p.released, 0)""",
@@ -182,6 +185,7 @@ CHECKS: dict[str, str] = {
         CROSS JOIN LATERAL (SELECT CASE w.unit
             WHEN 'usd' THEN r.amount_pico
             WHEN 'requests' THEN (r.facts ->> 'requests')::numeric
+            WHEN 'concurrency' THEN 0
             ELSE CASE w.token_kind WHEN 'input' THEN r.input_tokens WHEN 'output' THEN r.output_tokens
                                    ELSE r.input_tokens + r.output_tokens END END AS due) AS c
         LEFT JOIN (
@@ -196,8 +200,10 @@ CHECKS: dict[str, str] = {
         SELECT format('request %s, window %s', l.request_id, l.window_id), o.state || ' of ' || l.held,
                coalesce(p.moved, 0) || ' in, ' || coalesce(p.cleared, 0) || ' out'
         FROM ledger.hold_line l JOIN ledger.hold o USING (tenant_id, month, request_id) LEFT JOIN (
-            SELECT tenant_id, month, source_id, window_id, sum(amount) FILTER (WHERE credit = 'suspense') AS moved,
-                   sum(amount) FILTER (WHERE debit = 'suspense') AS cleared
+            SELECT tenant_id, month, source_id, window_id,
+                   sum(CASE WHEN credit = 'suspense' THEN amount ELSE -amount END) FILTER (
+                       WHERE credit = 'suspense' OR seq = 1000001) AS moved,
+                   sum(amount) FILTER (WHERE debit = 'suspense' AND seq <> 1000001) AS cleared
             FROM ledger.posting WHERE 'suspense' IN (debit, credit) GROUP BY 1, 2, 3, 4) AS p
           ON p.tenant_id = l.tenant_id AND p.month = l.month AND p.source_id = l.request_id
          AND p.window_id = l.window_id

@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from behest_ledger.configuration.routing import served_models
+from behest_ledger.configuration.status import shown_amount
 from behest_ledger.money import usd_from_pico
 from behest_ledger.store import reports
 from behest_ledger.store.errors import LedgerError
@@ -136,7 +137,7 @@ def _usd(amount_pico: int) -> msgspec.Raw:
 
 def _budget(state: reports.BudgetState) -> dict[str, Any]:
     def amount(text: str) -> str:
-        return usd_from_pico(int(text)) if state.unit == "usd" else text
+        return shown_amount(int(text), state.unit)
 
     return {
         "budget": state.budget,
@@ -148,6 +149,7 @@ def _budget(state: reports.BudgetState) -> dict[str, Any]:
         "window": state.period,
         "enforcement": state.enforcement,
         "suspended": state.suspended,
+        "phase": state.phase,
         "resets_at": state.resets_at,
     }
 

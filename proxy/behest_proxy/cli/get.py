@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from behest_ledger.configuration.kinds import API_VERSION
-from behest_ledger.configuration.records import BudgetRecord, wire_budget_spec
+from behest_ledger.configuration.records import BudgetRecord, is_tier_budget, wire_budget_spec
 from behest_ledger.configuration.state import ConfigurationState, StoredSpec
 from behest_ledger.configuration.status import BudgetStatus, shown_amount
 from behest_proxy.cli.database import add_database_arguments, dsn_from, ledger_errors_shown
@@ -18,8 +18,10 @@ _KINDS = {"budgets": "Budget", "projects": "Project", "upstreams": "Upstream", "
 _DESCRIPTION = """\
 Show budgets, projects, upstreams or tiers.
 
-Of a budget with several subjects (per session, per user ...) SPENT and HELD are the sums of the current windows
-and REMAINING is what the subject has that has least; -o json shows the biggest subjects one by one.
+Of a budget with several subjects (per session, per user ...) SPENT and HELD are the sums of the current windows,
+REMAINING is what the subject has that has least, and EXHAUSTED says how many of the subjects with a current window
+cannot pay any more; -o json shows the biggest subjects one by one. Of a soft budget REMAINING may be below zero.
+The rates of tiers are budgets too: --rates shows them beside the others.
 """
 
 
@@ -35,6 +37,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="only these")
     parser.add_argument("-n", "--namespace", metavar="NAME", help="only of this namespace (default: all)")
     parser.add_argument("--tenant", metavar="NAME", help="only of this tenant (default: all)")
+    parser.add_argument("--rates", action="store_true", help="with budgets: what is used of the tiers' rates as well")
     parser.add_argument("-o", "--output", choices=OUTPUT_FORMS, default="table", help="default: table")
     add_database_arguments(parser)
 
@@ -45,7 +48,9 @@ def run(arguments: argparse.Namespace) -> int:
     with ledger_errors_shown():
         if arguments.kind == "budgets":
             budgets = asyncio.run(_budgets(dsn_from(arguments), arguments))
-            _show(arguments, terminal, [_budget_item(budget) for budget in budgets], budget_rows(budgets))
+            # A tier's rate is no resource, so no document of one is made.
+            items = [_budget_item(budget) for budget in budgets if not is_tier_budget(budget.record)]
+            _show(arguments, terminal, items, budget_rows(budgets))
         else:
             found = asyncio.run(_specs(dsn_from(arguments), arguments))
             items = [_spec_item(_KINDS[arguments.kind], stored) for stored in found]
@@ -58,7 +63,12 @@ async def _budgets(dsn: str, arguments: argparse.Namespace) -> list[BudgetStatus
 
     async with connected(dsn) as connection:
         budgets = await read_budgets(connection, arguments.tenant, arguments.namespace)
-    return [budget for budget in budgets if not arguments.names or budget.record.name in arguments.names]
+    return [
+        budget
+        for budget in budgets
+        if (arguments.rates or not is_tier_budget(budget.record))
+        and (not arguments.names or budget.record.name in arguments.names)
+    ]
 
 
 async def _specs(dsn: str, arguments: argparse.Namespace) -> list[StoredSpec]:
@@ -80,7 +90,7 @@ _Table = tuple[Sequence[str], list[Sequence[str]]]
 def _show(arguments: argparse.Namespace, terminal: Terminal, items: list[dict[str, Any]], table: _Table) -> None:
     if arguments.output != "table":
         print_document(terminal, {"apiVersion": "v1", "kind": "List", "items": items}, arguments.output)
-    elif not items:
+    elif not table[1]:
         where = f" in namespace {arguments.namespace}" if arguments.namespace else ""
         terminal.line(f"There are no {arguments.kind}{where}: behest apply -f FILE")
     else:
@@ -89,7 +99,7 @@ def _show(arguments: argparse.Namespace, terminal: Terminal, items: list[dict[st
 
 def budget_rows(budgets: Sequence[BudgetStatus]) -> _Table:
     """The table of budgets."""
-    header = ("NAMESPACE", "NAME", "SCOPE", "LIMIT", "SPENT", "HELD", "REMAINING", "WINDOW", "PHASE")
+    header = ("NAMESPACE", "NAME", "SCOPE", "LIMIT", "SPENT", "HELD", "REMAINING", "EXHAUSTED", "WINDOW", "PHASE")
     rows: list[Sequence[str]] = [
         (
             budget.record.namespace,
@@ -99,6 +109,7 @@ def budget_rows(budgets: Sequence[BudgetStatus]) -> _Table:
             shown_amount(budget.spent, budget.record.unit),
             shown_amount(budget.held, budget.record.unit),
             shown_amount(budget.remaining, budget.record.unit),
+            f"{budget.exhausted} of {budget.active}",
             _window(budget.record),
             budget.phase,
         )
@@ -124,6 +135,8 @@ def _with_unit(record: BudgetRecord) -> str:
     amount = shown_amount(record.limit_amount, record.unit)
     if record.unit == "usd":
         return f"{amount} USD"
+    if record.unit == "concurrency":
+        return f"{amount} at once"
     kinds = {"input": "input ", "output": "output "} if record.unit == "tokens" else {}
     return f"{amount} {kinds.get(record.token_kind, '')}{record.unit}"
 
