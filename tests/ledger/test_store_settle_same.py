@@ -6,7 +6,7 @@ from typing import Any, Literal
 from uuid import UUID
 
 import msgspec
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from behest_ledger.holds import Granted, Settlement
@@ -69,7 +69,7 @@ REQUESTS = st.lists(
     ),
     max_size=8,
 )
-ITEMS = st.lists(st.builds(Item, st.integers(0, 9), TOKENS, TOKENS, st.booleans()), max_size=12)
+ITEMS = st.lists(st.builds(Item, st.integers(0, 9), TOKENS, st.integers(0, 120), st.booleans()), max_size=12)
 
 
 async def _fill(books: Books, requests: list[Request], limits: dict[str, int]) -> list[tuple[str, UUID]]:
@@ -145,6 +145,9 @@ def test_any_batch_moves_what_the_first_settle_moved(dsn: str) -> None:
             await connection.close()
 
     @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @example(  # two that cost more than they hold, and room for less than both
+        [Request("acme", "ann", 0, 10, "open")] * 2, [Item(0, 0, 60, True), Item(1, 0, 60, True)], {}
+    )
     @given(REQUESTS, ITEMS, st.dictionaries(st.sampled_from(["money", "tokens", "calls"]), st.integers(0, 500)))
     def same(requests: list[Request], items: list[Item], limits: dict[str, int]) -> None:
         asyncio.run(compare(requests, items, limits))
