@@ -252,6 +252,7 @@ class Gateway:
         self._ledger_heard_s = time.monotonic()
         for conduct in list(self.live):
             self._stop_suspended(conduct, suspended)
+        self.desk.limits_changed()
 
     def _stop_suspended(self, conduct: Conduct, suspended: Mapping[int, str]) -> None:
         """The kill switch: what is suspended ends, also in the middle."""
