@@ -32,6 +32,8 @@ def sample_of(name: str) -> tuple[str, Any]:
         return "123456", 123456
     if "float" in kind:
         return "2.5", 2.5
+    if "Literal" in kind:
+        return "transaction", "transaction"
     return "some text", "some text"
 
 
@@ -77,6 +79,11 @@ NUMBERS = [name for name in NAMES if kind_of(name).find("int") >= 0 or kind_of(n
 def test_a_malformed_number_is_named(name: str, text: str) -> None:
     with pytest.raises(SettingsError, match=variable_of(name)):
         from_environment({**REQUIRED, variable_of(name): text})
+
+
+def test_a_choice_that_is_none_is_named_with_those_that_are() -> None:
+    with pytest.raises(SettingsError, match="BEHEST_DATABASE_POOLER must be one of none, transaction, session"):
+        from_environment({**REQUIRED, "BEHEST_DATABASE_POOLER": "pgbouncer"})
 
 
 @pytest.mark.parametrize("name", ["tls_cert_file", "tls_key_file"])

@@ -9,6 +9,7 @@ from behest_ledger.store import holds
 from behest_ledger.store.errors import (
     LedgerConflictError,
     LedgerError,
+    LedgerForbiddenError,
     LedgerRefusedError,
     LedgerUnavailableError,
     SchemaError,
@@ -25,7 +26,7 @@ RAISED = [
     ("XX000", LedgerRefusedError),
     ("42P01", SchemaError),  # no such table
     ("42703", SchemaError),  # no such column
-    ("42501", SchemaError),  # a grant is missing
+    ("42501", LedgerForbiddenError),  # another tenant, or a grant is missing
     ("3F000", SchemaError),
     ("53100", LedgerUnavailableError),  # disk full
     ("53200", LedgerUnavailableError),

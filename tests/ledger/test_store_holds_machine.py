@@ -76,8 +76,9 @@ class Bookkeeping(RuleBasedStateMachine):
     async def opened(self) -> Any:
         connection = await connect(self.dsn)
         await connection.execute(
-            "SET synchronous_commit = off; TRUNCATE ledger.budget, ledger.budget_subject, ledger.budget_window,"
-            " ledger.hold, ledger.hold_line, ledger.posting, ledger.request, ledger.usage_line"
+            "SET synchronous_commit = off; SET session_replication_role = replica;"
+            " TRUNCATE ledger.budget, ledger.budget_subject, ledger.budget_window, ledger.hold, ledger.hold_line,"
+            " ledger.posting, ledger.request, ledger.usage_line; RESET session_replication_role"
         )
         return connection
 

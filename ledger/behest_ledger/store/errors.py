@@ -23,6 +23,10 @@ class LedgerRefusedError(LedgerError):
     """The database refused the statement itself: a fault of what was asked, not of when."""
 
 
+class LedgerForbiddenError(LedgerRefusedError):
+    """The database role may not do this: it acts for another tenant, or it is a sidecar's and this is the owner's."""
+
+
 class SchemaError(LedgerError):
     """The schema is missing or is not one that this version can use."""
 
@@ -63,7 +67,7 @@ def _of_state(error: asyncpg.PostgresError) -> LedgerError:
     if state.startswith(_NOW_UNAVAILABLE):
         return LedgerUnavailableError(f"{type(error).__name__}: {error}")
     if isinstance(error, asyncpg.InsufficientPrivilegeError):
-        return SchemaError(f"{error}: this role lacks a grant")
+        return LedgerForbiddenError(f"{error}: see `behest ledger role`")
     if state.startswith(_SCHEMA):
         return SchemaError(f"{error}: run `behest ledger migrate`")
     return LedgerRefusedError(f"{type(error).__name__}: {error}")

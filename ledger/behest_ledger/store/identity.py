@@ -44,6 +44,7 @@ SIGNING_KEY_KINDS = ("own", "tenant")
 SIGNING_KEY_STATES = ("current", "previous", "revoked")
 """`current` signs and verifies, `previous` only verifies, `revoked` does neither and stays so."""
 
+_REVOKED = "a revoked signing key stays revoked: register a new one"
 _LISTED_MAX = 1000
 _SIGNING_KEYS_MAX = 10_000
 
@@ -78,12 +79,7 @@ _LOCK_SIGNING_KEY = """
 SELECT kid, tenant_id, kind, algorithm, public_pem, state, created_at
 FROM ledger.signing_key WHERE kid = $1 FOR UPDATE
 """
-_INSERT_SIGNING_KEY = """
-INSERT INTO ledger.signing_key (kid, tenant_id, kind, algorithm, public_pem, state)
-VALUES ($1, $2, $3, $4, $5, $6)
-ON CONFLICT (kid) DO NOTHING
-RETURNING kid
-"""
+_PUT_SIGNING_KEY = "SELECT ledger.put_signing_key_v1($1, $2, $3, $4, $5, $6)"
 _TENANTS_OF_PROJECT = "SELECT tenant_id FROM ledger.project WHERE project_id = $1 ORDER BY tenant_id LIMIT 10"
 _SET_SIGNING_KEY_STATE = "UPDATE ledger.signing_key SET state = $2 WHERE kid = $1"
 _BUMP = "SELECT ledger.bump_configuration_v1($1)"
@@ -220,16 +216,12 @@ async def put_signing_key(
         raise ValueError(f"a signing key is of kind {SIGNING_KEY_KINDS} and in state {SIGNING_KEY_STATES}")
     if kind == "tenant" and not tenant_id:
         raise ValueError("a tenant's signing key needs its tenant")
-    async with _opened(connection_or_dsn) as connection, connection.transaction():
-        new = (kid, tenant_id, kind, algorithm, public_pem, state)
-        if await connection.fetchrow(_INSERT_SIGNING_KEY, *new):
-            await connection.execute(_BUMP, tenant_id)
-            return
-        known = await _locked_signing_key(connection, kid)
-        meaning = (known.tenant_id, known.kind, known.algorithm, known.public_pem.strip())
-        if meaning != (tenant_id, kind, algorithm, public_pem.strip()):
-            raise KeyConflictError("this kid is registered already for another key or tenant")
-        await _change_state(connection, known, state)
+    async with _opened(connection_or_dsn) as connection:
+        result = await connection.fetchval(_PUT_SIGNING_KEY, kid, tenant_id, kind, algorithm, public_pem, state)
+    if result == "conflict":
+        raise KeyConflictError("this kid is registered already for another key or tenant")
+    if result == "revoked":
+        raise KeyConflictError(_REVOKED)
 
 
 async def set_signing_key_state(
@@ -260,7 +252,7 @@ async def _change_state(connection: Connection, known: SigningKeyRecord, state: 
     if known.state == state:
         return
     if known.state == "revoked":
-        raise KeyConflictError("a revoked signing key stays revoked: register a new one")
+        raise KeyConflictError(_REVOKED)
     await connection.execute(_SET_SIGNING_KEY_STATE, known.kid, state)
     await connection.execute(_BUMP, known.tenant_id)
 

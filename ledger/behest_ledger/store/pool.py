@@ -1,13 +1,23 @@
-"""Connections to the ledger's database: a small, bounded pool."""
+"""Connections to the ledger's database: a small, bounded pool, or one for a short task.
 
-from typing import Any
+Between here and PostgreSQL there may be a pooler such as PgBouncer. In its transaction mode two statements of one
+connection may meet two sessions of the server, so nothing may be left behind in one: no prepared statements and no
+settings. What the ledger needs for its statements (time limits, search paths) is set on its functions.
+"""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import asyncpg
 
-from behest_ledger.store.errors import mapped
+from behest_ledger.store.errors import LedgerRefusedError, mapped
 
 Connection = Any
 """An asyncpg connection or pool: asyncpg ships no type information."""
+
+Pooler = Literal["none", "transaction", "session"]
+"""What is between here and the server: PgBouncer's `pool_mode`."""
 
 POOL_SIZE = 2
 """Connections per sidecar. The documented ceiling of a cluster is sidecars x 2."""
@@ -16,13 +26,20 @@ COMMAND_TIMEOUT_S = 5.0
 """A statement that takes longer is given up: its result is unknown, and money fails closed."""
 
 
-async def open_pool(dsn: str, *, size: int = POOL_SIZE, application_name: str = "behest") -> Connection:
+class PoolerError(LedgerRefusedError):
+    """There is a pooler where the server itself is needed, or where none was told of."""
+
+
+async def open_pool(
+    dsn: str, *, size: int = POOL_SIZE, application_name: str = "behest", pooler: Pooler = "none"
+) -> Connection:
     """A pool of at most `size` connections, opened at the first need.
 
-    Raises `LedgerUnavailableError`.
+    Behind a pooler in transaction mode every statement is parsed anew: two round trips for one. Raises
+    `LedgerUnavailableError`, and `PoolerError` where a pooler is found that was not told of.
     """
-    with mapped():
-        return await asyncpg.create_pool(
+    with mapped(), _pooler_found():
+        pool = await asyncpg.create_pool(
             dsn,
             min_size=1,
             max_size=size,
@@ -30,8 +47,19 @@ async def open_pool(dsn: str, *, size: int = POOL_SIZE, application_name: str = 
             command_timeout=COMMAND_TIMEOUT_S,
             max_inactive_connection_lifetime=300.0,
             reset=_nothing_to_reset,
-            server_settings={"application_name": application_name, "search_path": "pg_catalog"},
+            server_settings=_settings(application_name, pooler),
+            **({"statement_cache_size": 0} if pooler == "transaction" else {}),
         )
+        if pooler == "none":
+            try:
+                async with pool.acquire() as connection:
+                    await _refuse_pooler(
+                        connection, "set BEHEST_DATABASE_POOLER=transaction, or name the server itself"
+                    )
+            except BaseException:
+                pool.terminate()
+                raise
+    return pool
 
 
 async def _nothing_to_reset(_connection: Connection) -> None:
@@ -41,11 +69,43 @@ async def _nothing_to_reset(_connection: Connection) -> None:
 async def connect(dsn: str, *, application_name: str = "behest") -> Connection:
     """One connection for a short task of a command. The caller closes it.
 
-    Raises `LedgerUnavailableError`.
+    Raises `LedgerUnavailableError`, and `PoolerError` where the server is behind a pooler.
     """
-    with mapped():
-        return await asyncpg.connect(
-            dsn,
-            timeout=CONNECT_TIMEOUT_S,
-            server_settings={"application_name": application_name, "search_path": "pg_catalog"},
+    with mapped(), _pooler_found():
+        connection = await asyncpg.connect(
+            dsn, timeout=CONNECT_TIMEOUT_S, server_settings=_settings(application_name, "none")
         )
+        try:
+            await _refuse_pooler(connection, _NAME_THE_SERVER)
+        except BaseException:
+            connection.terminate()
+            raise
+    return connection
+
+
+_NAME_THE_SERVER = "commands need the server itself: name its own host and port"
+
+
+def _settings(application_name: str, pooler: Pooler) -> dict[str, str]:
+    settings = {"application_name": application_name}
+    # A pooler refuses what it cannot follow. Every name is qualified; this is in case one were forgotten.
+    return settings if pooler != "none" else {**settings, "search_path": "pg_catalog"}
+
+
+async def _refuse_pooler(connection: Connection, cure: str) -> None:
+    """A pooler gives its clients cancel keys of its own: the process id in them is not that of a server's process."""
+    if await connection.fetchval("SELECT pg_catalog.pg_backend_pid()") != connection.get_server_pid():
+        raise PoolerError(f"this is the address of a connection pooler: {cure}")
+
+
+@contextmanager
+def _pooler_found() -> Generator[None]:
+    try:
+        yield
+    except asyncpg.ProtocolViolationError as error:
+        if "startup parameter" in str(error):
+            raise PoolerError(
+                f"this is the address of a connection pooler ({error}): set BEHEST_DATABASE_POOLER=transaction for a"
+                f" sidecar; {_NAME_THE_SERVER}"
+            ) from error
+        raise

@@ -49,7 +49,7 @@ class Endpoints:
         answer = mint(
             parse_mint(body),
             record,
-            signing_key=self._gateway.signing_key,
+            signing_key=self._gateway.signing_keys.of(record.tenant_id),
             issuer=self._gateway.settings.issuer,
             now_s=time.time(),
             new_id=lambda: str(uuid4()),

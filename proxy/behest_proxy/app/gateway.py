@@ -16,7 +16,6 @@ from behest_ledger.configuration.snapshot import Configuration
 from behest_ledger.holds import Admission, Answer, Extension, Refused, Settlement, void
 from behest_ledger.prices.book import PriceBook
 from behest_ledger.store import holds, identity
-from behest_ledger.store.admissions import AdmissionDesk
 from behest_ledger.store.configuration import load_configuration
 from behest_ledger.store.credit import CreditDesk
 from behest_ledger.store.errors import LedgerError, mapped
@@ -31,10 +30,11 @@ from behest_proxy.app.holder import Holder
 from behest_proxy.app.memory import Memory
 from behest_proxy.app.origins import project_allows
 from behest_proxy.app.settings import Settings
+from behest_proxy.app.signing import SigningKeys
 from behest_proxy.errors import Draining, LedgerUnavailable
 from behest_proxy.holding import METERED_SHARES
 from behest_proxy.identity.api_keys import ApiKeyVerifier
-from behest_proxy.identity.keys import KeySet, SigningKey
+from behest_proxy.identity.keys import KeySet
 from behest_proxy.identity.tokens import ISSUERS, TokenVerifier
 from behest_proxy.refusals import shown
 from behest_proxy.tokens import warm
@@ -56,18 +56,17 @@ class Gateway:
         self.holder = Holder(
             name=settings.name, on_lost=self.lose_all, checkpoints=self._checkpoints, on_busy=self._checkpoint_again
         )
-        self.signing_key = SigningKey.load(settings.signing_key_file.read_bytes())
+        self.signing_keys = SigningKeys(settings.signing_key_file.read_bytes())
         self.upstream = UpstreamClient()
         self.configuration = Configuration(version=0)
         self.verifier = TokenVerifier(
-            KeySet([self.signing_key.verification_key()]),
+            self.signing_keys.key_set(),
             [*ISSUERS, settings.issuer],
             project_belongs=lambda tenant, project: self.configuration.project(tenant, project) is not None,
         )
         self.api_keys = ApiKeyVerifier(self._find_api_key)
         self.pool: Connection = None
         self.book: PriceBook | None = None
-        self.admissions = AdmissionDesk(self._admit)
         self.desk = CreditDesk(self._extend)
         self.writer = SettlementWriter(self._settle, on_settled=self._on_settled)
         self.live: set[Conduct] = set()
@@ -96,17 +95,11 @@ class Gateway:
         self._poll_task = asyncio.create_task(self._poll(), name="configuration poll")
 
     async def _open(self) -> None:
-        self.pool = await open_pool(self.settings.database_url, application_name=self.settings.name)
-        await check_schema(self.pool)
-        key = self.signing_key.verification_key()
-        await identity.put_signing_key(
-            self.pool,
-            kid=key.kid,
-            tenant_id=key.tenant_id,
-            kind=key.kind,
-            algorithm=key.algorithm,
-            public_pem=self.signing_key.public_pem(),
+        self.pool = await open_pool(
+            self.settings.database_url, application_name=self.settings.name, pooler=self.settings.database_pooler
         )
+        await check_schema(self.pool)
+        await self.signing_keys.register(self.pool)
         await self._load()
         warm()
 
@@ -127,7 +120,6 @@ class Gateway:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self.admissions.aclose()
         if not await self.writer.flush(STOP_FLUSH_S):
             logger.error("%d settlements could not be written before the end", self.writer.backlog)
         await self.writer.aclose()
@@ -155,7 +147,7 @@ class Gateway:
 
     async def admit(self, admission: Admission) -> Answer:
         """See `store.holds.admit`."""
-        return await self.admissions.admit(admission)
+        return await holds.admit(self.pool, admission)
 
     def conduct(self, conduct: Conduct) -> None:
         """Run a request to its end, whatever becomes of the task that brought it."""
@@ -200,9 +192,6 @@ class Gateway:
         return any(project_allows(project, origin) for project in self.configuration.projects.values())
 
     # --- the ledger --------------------------------------------------------------------------------------------
-
-    async def _admit(self, admissions: Sequence[Admission]) -> dict[UUID, Answer]:
-        return await holds.admit_batch(self.pool, admissions)
 
     async def _extend(self, extensions: Sequence[Extension]) -> dict[UUID, Answer]:
         return await holds.extend(self.pool, extensions, shares=METERED_SHARES)
@@ -252,7 +241,6 @@ class Gateway:
         self._ledger_heard_s = time.monotonic()
         for conduct in list(self.live):
             self._stop_suspended(conduct, suspended)
-        self.desk.limits_changed()
 
     def _stop_suspended(self, conduct: Conduct, suspended: Mapping[int, str]) -> None:
         """The kill switch: what is suspended ends, also in the middle."""

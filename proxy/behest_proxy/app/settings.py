@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 
 class SettingsError(ValueError):
@@ -19,6 +19,8 @@ class Settings:
     """PostgreSQL 15 or newer, with the ledger's schema: `postgresql://user:password@host:port/database`."""
     signing_key_file: Path
     """The private key that signs minted tokens: RSA, EC P-256 or Ed25519, unencrypted PEM."""
+    database_pooler: Literal["none", "transaction", "session"] = "none"
+    """What is between here and PostgreSQL: `none`, `transaction` or `session` (PgBouncer's `pool_mode`)."""
     bind: str = "127.0.0.1:8080"
     """Where clients connect: HTTP/1.1 and HTTP/2 (prior knowledge; ALPN under TLS)."""
     admin_bind: str = "127.0.0.1:8081"
@@ -63,6 +65,7 @@ def from_environment(environment: Mapping[str, str] | None = None) -> Settings:
     return Settings(**given)
 
 
+_CHOICES = {str(field.type): get_args(field.type) for field in fields(Settings) if "Literal" in str(field.type)}
 _MEANING = {
     "database_url": "the ledger's PostgreSQL, such as postgresql://behest:secret@127.0.0.1:5432/behest",
     "signing_key_file": "the file with the private key that signs tokens (PEM)",
@@ -70,6 +73,9 @@ _MEANING = {
 
 
 def _parsed(variable: str, text: str, kind: str) -> Any:
+    choices: tuple[str, ...] = _CHOICES.get(kind, ())
+    if choices and text not in choices:
+        raise SettingsError(f"{variable} must be one of {', '.join(choices)}, not {text!r}")
     try:
         if "Path" in kind:
             return Path(text)

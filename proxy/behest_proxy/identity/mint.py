@@ -85,17 +85,17 @@ def mint(
     request: MintRequest,
     api_key: ApiKeyRecord,
     *,
-    signing_key: SigningKey,
+    signing_key: SigningKey | None,
     issuer: str,
     now_s: float,
     new_id: Callable[[], str],
 ) -> MintAnswer:
     """The token that this key may hand out for this request, signed.
 
-    `new_id` makes the token's `jti` and, when none was asked for, the session. Raises `Forbidden` when the
-    signing key is another tenant's: the token would be believed nowhere.
+    `new_id` makes the token's `jti` and, when none was asked for, the session. Raises `Forbidden` when there is no
+    signing key for the tenant, or it is another tenant's: the token would be believed nowhere.
     """
-    if signing_key.tenant_id is not None and signing_key.tenant_id != api_key.tenant_id:
+    if signing_key is None or signing_key.tenant_id not in (None, api_key.tenant_id):
         raise Forbidden("This API key belongs to a tenant that is not served here.")
     issued_s = int(now_s)
     expires_s = issued_s + request.ttl_s
