@@ -117,6 +117,7 @@ class Stack:
     sidecar: subprocess.Popen[bytes]
     log: Path
     _start_sidecar: Callable[[], subprocess.Popen[bytes]]
+    _environment: dict[str, str]
     _runner: asyncio.Runner = field(default_factory=asyncio.Runner)
 
     def run(self, work: Any) -> Any:
@@ -131,6 +132,27 @@ class Stack:
     def start_sidecar(self) -> None:
         """Start it again, as it was."""
         self.sidecar = self._start_sidecar()
+
+    @contextmanager
+    def another_sidecar(self) -> Generator[str]:
+        """One more sidecar on the same ledger: its base URL, while the block runs."""
+        port, admin_port = free_port(0), free_port(0)
+        environment = {
+            **self._environment,
+            "BEHEST_BIND": f"127.0.0.1:{port}",
+            "BEHEST_ADMIN_BIND": f"127.0.0.1:{admin_port}",
+        }
+        assert "BEHEST_JOURNAL_DIR" not in environment, "two sidecars do not share a journal"
+        with process([*_BEHEST, "proxy"], environment=environment, log=self.log.with_name("another.log")):
+
+            def is_up() -> bool:
+                try:
+                    return httpx.get(f"http://127.0.0.1:{admin_port}/readyz").status_code == 200
+                except httpx.TransportError:
+                    return False
+
+            wait_until(is_up, what="another sidecar's start")
+            yield f"http://127.0.0.1:{port}"
 
     def close(self) -> None:
         """Close the test's own loop."""
@@ -303,6 +325,7 @@ def running_stack(dsn: str, folder: Path, *, recordings: Path | None = None, **s
             sidecar=start_sidecar(),
             log=log,
             _start_sidecar=start_sidecar,
+            _environment=environment,
         )
         try:
             yield stack

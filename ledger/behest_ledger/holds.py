@@ -54,6 +54,9 @@ class Granted(msgspec.Struct, frozen=True, kw_only=True):
 
     output_tokens: int
     windows: tuple[int, ...] = ()
+    """Those in which something is held for it now."""
+    amounts: tuple[int, ...] = ()
+    """What is held in each of them, in its unit."""
     bound_by: Refused | None = None
     """The window that granted less than the wish, with its balances before this hold."""
 

@@ -1,4 +1,4 @@
-"""The ledger in memory: what `admit_v1`, `extend_batch_v1` and `settle_batch_v1` do, on plain numbers.
+"""The ledger in memory: what `admit_batch_v1`, `extend_batch_v1` and `settle_batch_v1` do, on plain numbers.
 
 For tests that need thousands of ledgers, or a clock of their own. `test_memory_ledger.py` plays the same operations to
 this and to PostgreSQL and compares every answer, balance and posting. One call is one statement: nothing comes between.
@@ -74,11 +74,21 @@ class MoneyLedger(Windows):
 
     # --- admission ---------------------------------------------------------------------------------------------
 
-    def admit_v1(
+    def admit_batch_v1(self, holder: UUID, items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Admit requests in the order of their ids: they are of one tenant and month."""
+        return [
+            {"request_id": item["request_id"], "answer": self._admit(
+                item["tenant_id"], item["request_id"], holder, item["attributes"], item["price_key"],
+                item["input_tokens"], item["input_amount_pico"], item["output_rate_pico"], item["need_tokens"],
+                item["want_tokens"], item["shares"],
+            )}
+            for item in sorted(items, key=lambda item: item["request_id"])
+        ]  # fmt: skip
+
+    def _admit(
         self, tenant: str, request: UUID, holder: UUID, attributes: dict[str, Any], price_key: str, input_tokens: int,
         input_amount: int, output_rate: int, need: int, want: int, shares: int,
     ) -> dict[str, Any]:  # fmt: skip
-        """Admit one request against every budget that matches it."""
         known = self.holds.get((tenant, request))
         if known is not None:
             return known.answer or VOID if known.state == "open" else VOID
@@ -86,11 +96,11 @@ class MoneyLedger(Windows):
             return VOID
         if (tenant, attributes.get("project", "")) in self.suspended_projects:
             return _suspended("project", attributes["project"])
-        budgets: dict[int, dict[str, Any]] = {}
-        for budget in self.matching(tenant, attributes):
+        matching = list(self.matching(tenant, attributes))
+        for budget in matching:
             if budget["suspended"]:
                 return _suspended("budget", budget["budget_id"])
-            budgets[self.open_window_v1(budget, attributes).window_id] = budget
+        budgets = {self.open_window_v1(budget, attributes).window_id: budget for budget in matching}
         refused, granted, bound_by = self._afford(budgets, input_tokens, input_amount, output_rate, need, want, shares)
         if refused is not None:
             return refused
@@ -99,11 +109,13 @@ class MoneyLedger(Windows):
         hold.output_rate, hold.granted = output_rate, granted
         hold.input_tokens, hold.input_amount = input_tokens, input_amount
         hold.answer = {
-            "verdict": "granted", "output_tokens": granted, "windows": list(budgets), "bound_by": bound_by,
+            "verdict": "granted", "output_tokens": granted, "windows": sorted(budgets), "amounts": [],
+            "bound_by": bound_by,
         }  # fmt: skip
         for window_id in sorted(budgets):
             window = self.windows[window_id]
             held = window.input_part(input_tokens, input_amount) + granted * window.output_rate(output_rate)
+            hold.answer["amounts"].append(str(held))
             hold.lines[window_id] = held
             self.post(request, window_id, 0, "available", "held", held)
             window.held += held

@@ -196,6 +196,32 @@ def test_who_has_stood_in_line_long_enough_is_refused() -> None:
     play(scenario)
 
 
+def test_a_limit_that_is_raised_reaches_everybody_in_line_in_their_order() -> None:
+    async def scenario() -> None:
+        ledger = Ledger({1: 10, 2: 0})
+        answers = Answers(ledger)
+        ended = ledger.open(1, 2, held=0)
+        ledger.desk.ended(ended)
+        waiting = [ledger.open(1, 2) for _ in range(5)]
+        for account in waiting:
+            answers.ask(account, need=3, want=3)
+        await asyncio.sleep(0.1)
+        ledger.desk.limits_changed()
+        await asyncio.sleep(0.1)
+        assert answers.came == []
+        ledger.left[2] = 7
+        ledger.desk.limits_changed()
+        await asyncio.sleep(0.1)
+        assert [account for account, _ in answers.came] == waiting[:2]
+        ledger.left = {1: 6, 2: 6}
+        ledger.settle(ended)
+        await asyncio.sleep(0.1)
+        assert [account for account, _ in answers.came] == waiting
+        assert answers.verdicts == ["Granted"] * 4 + ["Refused"]
+
+    play(scenario)
+
+
 def test_a_deadline_that_passes_while_the_ask_is_under_way_waits_for_its_answer() -> None:
     async def scenario() -> None:
         ledger = Ledger({1: 10})

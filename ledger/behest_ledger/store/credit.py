@@ -99,6 +99,15 @@ class CreditDesk:
                 del self._releasing[window]
             self._next_in_line(window)
 
+    def limits_changed(self) -> None:
+        """A limit may have been raised: everybody who stands in a line tries again, as if for the first time."""
+        lines, self._lines = self._lines, {}
+        for line in lines.values():
+            for ask in line:
+                ask.refusal = None
+                if not ask.account.ended:
+                    self._put(ask)
+
     async def aclose(self) -> None:
         """Stop asking. Nobody is answered any more."""
         if self._task is not None:

@@ -36,32 +36,32 @@ async def admit(pool: Connection, admission: Admission) -> Answer:
     Raises `LedgerUnavailableError`: then the result is unknown, and the caller must void the request. Raises
     `LedgerConflictError` after several conflicts and `LedgerRefusedError`: nothing is held.
     """
+    return (await admit_batch(pool, [admission]))[admission.request_id]
+
+
+async def admit_batch(pool: Connection, admissions: Sequence[Admission]) -> dict[UUID, Answer]:
+    """Admit several requests of one holder in one commit: each is answered for itself.
+
+    Raises as `admit` does, for all of them; `LedgerRefusedError` may be about only one.
+    """
     for attempt in range(1, ADMIT_ATTEMPTS_MAX):
         try:
-            return await _admit(pool, admission)
+            return await _admit_batch(pool, admissions)
         except LedgerConflictError:
             await asyncio.sleep(0.005 * 2**attempt)
-    return await _admit(pool, admission)
+    return await _admit_batch(pool, admissions)
 
 
-async def _admit(pool: Connection, admission: Admission) -> Answer:
+async def _admit_batch(pool: Connection, admissions: Sequence[Admission]) -> dict[UUID, Answer]:
+    (holder_id,) = {admission.holder_id for admission in admissions}
     with mapped():
         async with asyncio.timeout(COMMAND_TIMEOUT_S):
-            answer = await pool.fetchval(
-                "SELECT ledger.admit_v1($1, $2, $3, $4::text::jsonb, $5, $6, $7, $8, $9, $10, $11)::text",
-                admission.tenant_id,
-                admission.request_id,
-                admission.holder_id,
-                _jsonb(admission.attributes),
-                admission.price_key,
-                admission.input_tokens,
-                admission.input_amount_pico,
-                admission.output_rate_pico,
-                admission.need_tokens,
-                admission.want_tokens,
-                admission.shares,
+            rows = await pool.fetch(
+                "SELECT request_id, answer::text FROM ledger.admit_batch_v1($1, $2::text::jsonb)",
+                holder_id,
+                _jsonb(admissions),
             )
-    return answer_from_json(answer)
+    return {row["request_id"]: answer_from_json(row["answer"]) for row in rows}
 
 
 async def extend(pool: Connection, extensions: Sequence[Extension], *, shares: int) -> dict[UUID, Answer]:
@@ -107,7 +107,7 @@ class _Verdict(msgspec.Struct):
 
 
 def answer_from_json(text: str) -> Answer:
-    """The typed form of what `ledger.admit_v1` and `ledger.extend_batch_v1` answer."""
+    """The typed form of what `ledger.admit_batch_v1` and `ledger.extend_batch_v1` answer."""
     verdict = msgspec.json.decode(text, type=_Verdict).verdict
     if verdict == "void":
         return Gone()

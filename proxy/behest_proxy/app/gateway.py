@@ -16,6 +16,7 @@ from behest_ledger.configuration.snapshot import Configuration
 from behest_ledger.holds import Admission, Answer, Extension, Refused, Settlement, void
 from behest_ledger.prices.book import PriceBook
 from behest_ledger.store import holds, identity
+from behest_ledger.store.admissions import AdmissionDesk
 from behest_ledger.store.configuration import load_configuration
 from behest_ledger.store.credit import CreditDesk
 from behest_ledger.store.errors import LedgerError, mapped
@@ -67,6 +68,7 @@ class Gateway:
         self.api_keys = ApiKeyVerifier(self._find_api_key)
         self.pool: Connection = None
         self.book: PriceBook | None = None
+        self.admissions = AdmissionDesk(self._admit)
         self.desk = CreditDesk(self._extend)
         self.writer = SettlementWriter(self._settle, on_settled=self._on_settled)
         self.live: set[Conduct] = set()
@@ -120,6 +122,7 @@ class Gateway:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.admissions.aclose()
         if not await self.writer.flush(STOP_FLUSH_S):
             logger.error("%d settlements could not be written before the end", self.writer.backlog)
         await self.writer.aclose()
@@ -147,7 +150,7 @@ class Gateway:
 
     async def admit(self, admission: Admission) -> Answer:
         """See `store.holds.admit`."""
-        return await holds.admit(self.pool, admission)
+        return await self.admissions.admit(admission)
 
     def conduct(self, conduct: Conduct) -> None:
         """Run a request to its end, whatever becomes of the task that brought it."""
@@ -192,6 +195,9 @@ class Gateway:
         return any(project_allows(project, origin) for project in self.configuration.projects.values())
 
     # --- the ledger --------------------------------------------------------------------------------------------
+
+    async def _admit(self, admissions: Sequence[Admission]) -> dict[UUID, Answer]:
+        return await holds.admit_batch(self.pool, admissions)
 
     async def _extend(self, extensions: Sequence[Extension]) -> dict[UUID, Answer]:
         return await holds.extend(self.pool, extensions, shares=METERED_SHARES)
@@ -241,6 +247,7 @@ class Gateway:
         self._ledger_heard_s = time.monotonic()
         for conduct in list(self.live):
             self._stop_suspended(conduct, suspended)
+        self.desk.limits_changed()
 
     def _stop_suspended(self, conduct: Conduct, suspended: Mapping[int, str]) -> None:
         """The kill switch: what is suspended ends, also in the middle."""
