@@ -3,7 +3,8 @@
 import asyncio
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -70,6 +71,15 @@ def template(postgres: Server) -> Server:
 
     asyncio.run(make())
     return postgres
+
+
+@contextmanager
+def own_database(template: Server, name: str) -> Generator[str]:
+    """The DSN of a database for a whole file of tests, with the ledger's schema and nothing in it."""
+    name = f"behest_{name}_{os.getpid()}"
+    asyncio.run(_execute(template.dsn, f"CREATE DATABASE {name} TEMPLATE {_TEMPLATE}"))
+    yield template.of(name)
+    asyncio.run(_execute(template.dsn, f"DROP DATABASE {name} WITH (FORCE)"))
 
 
 @pytest.fixture

@@ -32,6 +32,9 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     context_limit_tokens: int | None = None
     """The largest context window of any version of the family."""
 
+    searches: bool = False
+    """True where the provider searches the web for it unasked, at a price of its own."""
+
     clamp_field: ClampField = "max_tokens"
     """The request member that limits output. OpenAI's reasoning models refuse `max_tokens`."""
 
@@ -119,6 +122,8 @@ _VENDOR = re.compile(
 )
 
 
+_SEARCHING = re.compile(r"(^|[-_.])(search|sonar|deep-?research|online)")
+
 _HIDING_VARIANTS = ("thinking", "online")
 """OpenRouter's variants that make any model think or search: not all that is billed is shown then."""
 
@@ -127,12 +132,12 @@ _HIDING_VARIANTS = ("thinking", "online")
 def facts_for(model: str) -> ModelFacts:
     """What is known of the model of this name; `UNKNOWN` where that is nothing. Never fails."""
     name, variant = bare_name(model)
-    for pattern, facts in _TABLE:
-        if pattern.match(name):
-            if variant in _HIDING_VARIANTS:
-                return msgspec.structs.replace(facts, visible_only=False)
-            return facts
-    return UNKNOWN
+    facts = next((facts for pattern, facts in _TABLE if pattern.match(name)), UNKNOWN)
+    if variant in _HIDING_VARIANTS:
+        facts = msgspec.structs.replace(facts, visible_only=False)
+    if variant == "online" or _SEARCHING.search(name):
+        facts = msgspec.structs.replace(facts, searches=True)
+    return facts
 
 
 def bare_name(model: str) -> tuple[str, str]:

@@ -59,6 +59,8 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
     """The caller's own limit per choice, the larger one of two; None: none was given."""
     bounded_input: bool
     """False: images, audio or files, whose tokens cannot be counted here."""
+    price_context: dict[str, str]
+    """What the caller asks that is priced apart: `service_tier`, `speed`, `cache_ttl`; without what is ordinary."""
 
 
 class InputCount(msgspec.Struct, frozen=True):
@@ -122,6 +124,7 @@ _KNOWN = frozenset(
         *("model", "messages", "stream", "stream_options", "n", "max_tokens", "max_completion_tokens", "best_of"),
         *("prediction", "modalities", "audio", "service_tier", "web_search_options", "search_parameters"),
         *("enable_search", "models", "route", "provider", "plugins", "tools", "functions", "response_format"),
+        *("speed", "cache_control"),
     )
 )
 """The members that are looked at here: another spelling of one of them is refused."""
@@ -148,7 +151,6 @@ def parse(body: bytes) -> ChatRequest:
     _refused(members, "prediction", "predicted output is billed beyond what is seen and is not supported here")
     _refused(members, "modalities", "only text can be metered", ["text"], [])
     _refused(members, "audio", "only text can be metered")
-    _refused(members, "service_tier", "only the default tier is priced here", "auto", "default")
     for key in ("web_search_options", "search_parameters", "enable_search"):
         _refused(members, key, "searches by the provider are billed apart and are not supported here", False)
     for key in ("models", "route", "provider", "plugins"):
@@ -174,7 +176,51 @@ def parse(body: bytes) -> ChatRequest:
             if isinstance(message.content, list)
             for part in message.content
         ),
+        price_context=_price_context(members),
     )
+
+
+_ORDINARY = {"service_tier": ("auto",), "speed": ("standard", "auto")}
+"""Per member that chooses how fast and how dearly an answer is made: what leaves the choice as it is without it."""
+
+
+def _price_context(members: dict[str, msgspec.Raw]) -> dict[str, str]:
+    context: dict[str, str] = {}
+    for key, ordinary in _ORDINARY.items():
+        value: str | None = _typed(members, key, str)
+        if value is not None and value not in ordinary:
+            context[key] = value
+    if any(_caches_for_long(members[key]) for key in _CACHING if key in members):
+        context["cache_ttl"] = "1h"
+    return context
+
+
+_CACHING = ("messages", "tools", "cache_control")
+_SHORT_CACHE = (None, "5m")
+
+
+def _caches_for_long(raw: msgspec.Raw) -> bool:
+    """Whether something in it asks for a cache that lives longer than the ordinary five minutes.
+
+    `{"cache_control": {"type": "ephemeral", "ttl": "1h"}}`, wherever Anthropic and its resellers take it.
+    """
+    text = bytes(raw)
+    # Almost always it is not there; a key may also be written in escapes.
+    if b"ttl" not in text and b"\\u" not in text:
+        return False
+    try:
+        left: list[Any] = [msgspec.json.decode(text)]
+    except RecursionError:
+        raise InvalidRequest("messages: is nested too deeply", param="messages") from None
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            if value.get("type") == "ephemeral" and value.get("ttl") not in _SHORT_CACHE:
+                return True
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
+    return False
 
 
 def _in_range(members: dict[str, msgspec.Raw], key: str, low: int, high: int) -> int | None:

@@ -118,7 +118,7 @@ def test_a_resold_model_has_the_price_of_its_maker() -> None:
         ("https://api.anthropic.com/v1", "anthropic"),
         ("https://generativelanguage.googleapis.com/v1beta/openai", "google"),
         ("https://openrouter.ai/api/v1", "openrouter"),
-        ("https://api.openai.com.evil.example/v1", "openai"),
+        ("https://api.openai.com.evil.example/v1", None),
         ("http://127.0.0.1:9000/v1", None),
         ("", None),
     ],

@@ -105,7 +105,8 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("prediction", {"prediction": {"type": "content", "content": "Hi"}}),
     ("modalities", {"modalities": ["text", "audio"]}),
     ("audio", {"audio": {"voice": "alloy"}}),
-    ("service_tier", {"service_tier": "priority"}),
+    ("service_tier", {"service_tier": 1}),
+    ("speed", {"speed": ["fast"]}),
     ("web_search_options", {"web_search_options": {}}),
     ("search_parameters", {"search_parameters": {"mode": "auto"}}),
     ("enable_search", {"enable_search": True}),
@@ -294,3 +295,28 @@ def test_every_other_member_goes_on_to_the_letter(others: dict[str, bytes], clam
     assert set(written) == {"messages", "model", "stream", "stream_options", *others} | (
         {"max_tokens"} if clamp else set()
     )
+
+
+@pytest.mark.parametrize(
+    ("members", "context"),
+    [
+        ({}, {}),
+        ({"service_tier": "auto", "speed": "standard"}, {}),
+        ({"service_tier": "default"}, {"service_tier": "default"}),
+        ({"service_tier": "priority", "speed": "fast"}, {"service_tier": "priority", "speed": "fast"}),
+        ({"cache_control": {"type": "ephemeral"}}, {}),
+        ({"cache_control": {"type": "ephemeral", "ttl": "5m"}}, {}),
+        ({"cache_control": {"type": "ephemeral", "ttl": "1h"}}, {"cache_ttl": "1h"}),
+        ({"tools": [{"type": "function", "cache_control": {"type": "ephemeral", "ttl": "1h"}}]}, {"cache_ttl": "1h"}),
+    ],
+)
+def test_what_is_priced_apart_is_told(members: dict[str, Any], context: dict[str, str]) -> None:
+    body = json.dumps({"messages": [{"role": "user", "content": "Hi"}], **members}).encode()
+    assert parse(body).price_context == context
+
+
+def test_a_long_cache_is_found_in_messages_also_in_escapes() -> None:
+    part = {"type": "text", "text": "Hi", "cache_control": {"type": "ephemeral", "ttl": "1h"}}
+    plain = json.dumps({"messages": [{"role": "user", "content": [part]}]}).encode()
+    assert parse(plain).price_context == {"cache_ttl": "1h"}
+    assert parse(plain.replace(b'"ttl"', b'"t\\u0074l"')).price_context == {"cache_ttl": "1h"}

@@ -171,6 +171,9 @@ class ModelEntry(_Part, frozen=True, kw_only=True):
     """Instead of the price book."""
     free: bool = False
     """Costs nothing, and that is meant."""
+    price_context: dict[str, str] = {}
+    """How the price book's prices are meant where the caller does not say: `service_tier: priority`,
+    `processing: batch`, `route: ...`, for an account or endpoint that is billed so."""
     visible_only: bool | None = None
     """True: the provider bills no more output than it shows; absent: as known for the model."""
     hidden_tokens_per_second: int | None = None

@@ -12,6 +12,7 @@ from typing import TypeAlias, TypeVar
 
 import msgspec
 
+from behest_ledger.prices.hosts import url_fits
 from behest_ledger.prices.matching import Clause, ModelIndex, clause_matches, dashed_dates
 from behest_ledger.prices.rates import ClassRates, ContextTier, Rates
 from behest_ledger.token_counts import TOKEN_CLASSES
@@ -60,6 +61,8 @@ class PriceSheet(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     rates: dict[str, TieredRate] = {}
     """By token class."""
     request_pico: int | None = None
+    fees: dict[str, int] = {}
+    """Pico-USD for each use of a tool that the provider runs itself, by the tool: `web_search` and so on."""
     condition: Condition | None = None
     when: dict[str, str] = {}
     """For a variant: the price context that selects it."""
@@ -76,6 +79,10 @@ class ModelPrices(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     """Overrides by price context: for each class the first that holds wins."""
     context_limit: int | None = None
     """Input tokens at most, where it is known."""
+    uncounted: list[str] = []
+    """Units of output that nothing here counts and that cost more than tokens of text. Such a model has no rates."""
+    uncounted_input: list[str] = []
+    """The same of input: then the rates are those of text alone."""
 
 
 class ProviderPrices(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -130,7 +137,7 @@ class PriceBook:
         if found is None:
             return None
         provider_id, prices = found
-        moment = at or self.effective_from or _LAST_MOMENT
+        moment = self._moment(at)
         sheet = _sheet_at(prices, moment)
         variants = tuple(
             index
@@ -138,6 +145,29 @@ class PriceBook:
             if _selected(variant, moment, context or {})
         )
         return self._rates_of(provider_id, prices, sheet, variants)
+
+    def unpriced(
+        self, provider: str | None, model: str, context: PriceContext, *, at: dt.datetime | None = None
+    ) -> list[str]:
+        """The members of a price context that no price of the model is about: what they cost is not known."""
+        found = self.find(provider, model)
+        moment = self._moment(at)
+        priced = {
+            name
+            for variant in (found[1].variants if found else ())
+            if _selected(variant, moment, context)
+            for name in variant.when
+        }
+        return [name for name in context if name not in priced]
+
+    def contexts(self, provider: str | None, model: str) -> list[dict[str, str]]:
+        """The price contexts for which a model has prices of its own."""
+        found = self.find(provider, model)
+        seen = {tuple(sorted(variant.when.items())): variant.when for variant in (found[1].variants if found else ())}
+        return list(seen.values())
+
+    def _moment(self, at: dt.datetime | None) -> dt.datetime:
+        return at or self.effective_from or _LAST_MOMENT
 
     def by_key(self, price_key: str) -> Rates | None:
         """The rates under a price key of this version, None for a key that is none of its keys."""
@@ -176,7 +206,7 @@ class PriceBook:
     def provider_for_url(self, url: str) -> str | None:
         """The provider at a base URL, None where it is none that the book knows."""
         for provider in self.document.providers:
-            if re.match(provider.url_pattern, url):
+            if url_fits(provider.url_pattern, url):
                 return provider.id
         return None
 
@@ -243,13 +273,16 @@ def _selected(variant: PriceSheet, moment: dt.datetime, context: PriceContext) -
 
 def _rates(price_key: str, prices: ModelPrices, sheet: int, variants: tuple[int, ...]) -> Rates | None:
     rates: dict[str, TieredRate] = {}
+    fees: dict[str, int] = {}
     request_pico: int | None = None
     for source in (*(prices.variants[index] for index in variants), prices.sheets[sheet]):
         for token_class, rate in source.rates.items():
             rates.setdefault(token_class, rate)
+        for tool, fee in source.fees.items():
+            fees.setdefault(tool, fee)
         if request_pico is None:
             request_pico = source.request_pico
-    if "input" not in rates or "output" not in rates:
+    if "input" not in rates or "output" not in rates or prices.uncounted:
         return None
     starts = sorted({start for rate in rates.values() for start, _ in rate.tiers})
     return Rates(
@@ -264,6 +297,8 @@ def _rates(price_key: str, prices: ModelPrices, sheet: int, variants: tuple[int,
         ),
         request_pico=request_pico or 0,
         stated=tuple(name for name in TOKEN_CLASSES if name in rates),
+        fees=tuple(sorted(fees.items())),
+        text_only=bool(prices.uncounted_input),
         free=not request_pico and all(rate.base == 0 and not rate.tiers for rate in rates.values()),
     )
 

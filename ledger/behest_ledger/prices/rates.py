@@ -82,6 +82,11 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
     """Ascending by `start_input_tokens`."""
     request_pico: int = 0
     """Pico-USD per request, whatever its tokens."""
+    fees: tuple[tuple[str, int], ...] = ()
+    """(tool, pico-USD for each use) of tools that the provider runs itself. No answer here carries one: a request for
+    such a tool is refused, and so is a model that uses them unasked, unless a resource prices it."""
+    text_only: bool = False
+    """Input that is no text is billed in units that are not counted here: it has no price."""
     stated: tuple[str, ...] = ()
     """The classes for which the source states a rate; the others are fallbacks."""
     free: bool = False

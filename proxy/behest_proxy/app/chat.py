@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -104,14 +104,8 @@ class ChatCompletions:
             found = route(gateway.configuration, project, request.model, tier=tier)
         except RoutingError as error:
             raise InvalidRequest(error.message, param="model") from None
-        rates = _rates(gateway, found)
-        if rates is None:
-            raise InvalidRequest(
-                f"the model {found.model!r} has no price here: price it on its Upstream, or say that it is free",
-                code="unpriced_model",
-                param="model",
-            )
-        return _Model(found, rates, _facts(found), counter_for(found.upstream_name))
+        facts = _facts(found)
+        return _Model(found, _rates(gateway, found, request, facts), facts, counter_for(found.upstream_name))
 
 
 async def _queued(client: QueuedStream, conduct: Conduct) -> None:
@@ -127,16 +121,59 @@ async def _queued(client: QueuedStream, conduct: Conduct) -> None:
             sending.cancel()
 
 
-def _rates(gateway: Gateway, found: Route) -> Rates | None:
-    if found.entry is not None:
-        rates = prices_from_manifest(found.entry, upstream=found.upstream.qualified_name)
+def _rates(gateway: Gateway, found: Route, request: ChatRequest, facts: ModelFacts) -> Rates:
+    """The prices of this request, fixed for its life.
+
+    Raises `InvalidRequest` where it has none: for the model, for the service it asks, or for what it brings.
+    """
+    entry = found.entry
+    if entry is not None:
+        rates = prices_from_manifest(entry, upstream=found.upstream.qualified_name)
         if rates is not None:
+            # The resource states one price: that of the ordinary service.
+            context = {name: value for name, value in request.price_context.items() if name != "cache_ttl"}
+            if not rates.free:
+                _refuse_unpriced(_chosen(context), request, found.model)
             return rates
-    book = gateway.book
-    if book is None:
-        return None
-    provider = found.provider or book.provider_for_url(found.upstream.spec.base_url)
-    return book.resolve(provider, found.upstream_name, at=datetime.now(UTC))
+    rates = None
+    if gateway.book is not None:
+        book, at = gateway.book, datetime.now(UTC)
+        provider = found.provider or book.provider_for_url(found.upstream.spec.base_url)
+        context = _chosen({**(entry.price_context if entry is not None else {}), **request.price_context})
+        unpriced = book.unpriced(provider, found.upstream_name, context, at=at)
+        if "cache_ttl" in unpriced:
+            del context["cache_ttl"]  # this provider has one price for all that it caches, or caches nothing
+            unpriced.remove("cache_ttl")
+        rates = book.resolve(provider, found.upstream_name, at=at, context=context)
+        if rates is not None:
+            _refuse_unpriced(unpriced, request, found.model)
+    if rates is None or (facts.searches and not rates.request_pico and not rates.free):
+        raise InvalidRequest(
+            f"the model {found.model!r} has no price here: price it on its Upstream, or say that it is free",
+            code="unpriced_model",
+            param="model",
+        )
+    if rates.text_only and not request.bounded_input:
+        raise InvalidRequest(
+            f"messages: of the model {found.model!r} only text has a price here",
+            code="unpriced_model",
+            param="messages",
+        )
+    return rates
+
+
+def _chosen(context: Mapping[str, str]) -> dict[str, str]:
+    """A price context without what says that it is the ordinary price."""
+    return {name: value for name, value in context.items() if value != "default"}
+
+
+def _refuse_unpriced(names: Iterable[str], request: ChatRequest, model: str) -> None:
+    for name in names:
+        param = name if name in request.price_context else "model"
+        value = request.price_context.get(name, "as its Upstream says")
+        raise InvalidRequest(
+            f"{name}: {value[:40]!r} has no price here for the model {model!r}", code="unpriced_model", param=param
+        )
 
 
 def _facts(found: Route) -> ModelFacts:

@@ -24,7 +24,7 @@ from behest_ledger.store.holders import Checkpoint
 from behest_ledger.store.holds import Settled
 from behest_ledger.store.migrate import check_schema
 from behest_ledger.store.pool import Connection, open_pool
-from behest_ledger.store.prices import load_current_book
+from behest_ledger.store.prices import load_current_book, next_change
 from behest_ledger.store.writer import SettlementWriter
 from behest_proxy.app.conduct import Conduct
 from behest_proxy.app.holder import Holder
@@ -69,6 +69,8 @@ class Gateway:
         self.pool: Connection = None
         self.book: PriceBook | None = None
         self.admissions = AdmissionDesk(self._admit)
+        self._prices_change: datetime | None = None
+        """When the next price book begins to hold: no version number tells that."""
         self.desk = CreditDesk(self._extend)
         self.writer = SettlementWriter(self._settle, on_settled=self._on_settled)
         self.live: set[Conduct] = set()
@@ -226,7 +228,8 @@ class Gateway:
                     async with asyncio.timeout(LEDGER_SILENCE_S):
                         version = await self.pool.fetchval("SELECT version FROM ledger.configuration_version")
                         self._ledger_heard_s = time.monotonic()
-                        if version != self.configuration.version:
+                        now = datetime.now(UTC)
+                        if version != self.configuration.version or (self._prices_change or now) < now:
                             await self._load()
             except LedgerError as error:
                 logger.warning("the configuration cannot be read, the last one serves: %s", error)
@@ -236,7 +239,9 @@ class Gateway:
     async def _load(self) -> None:
         async with self.pool.acquire() as connection:
             configuration = await load_configuration(connection, None)
-            self.book = await load_current_book(connection, datetime.now(UTC))
+            now = datetime.now(UTC)
+            self.book = await load_current_book(connection, now, known=self.book)
+            self._prices_change = await next_change(connection, now)
             keys = await identity.load_signing_keys(connection)
             suspended = await holds.suspended_windows(connection, {w for c in self.live for w in c.windows})
         for problem in configuration.problems:

@@ -81,14 +81,16 @@ async def configure(demo: Demo) -> None:
 
 
 async def price(demo: Demo) -> None:
-    """Store the price book that this installation brings, unless it is there."""
+    """Store the price book that this installation brings, unless it ever was: what somebody chose since then stays."""
     from behest_ledger.prices.snapshot import compile_package_book
     from behest_ledger.store.pool import connect
-    from behest_ledger.store.prices import store_book
+    from behest_ledger.store.prices import list_versions, store_book
 
     connection = await connect(demo.dsn)
     try:
-        await store_book(connection, compile_package_book(), effective_from=dt.datetime.now(dt.UTC))
+        book = compile_package_book()
+        if book.version not in {stored.version for stored in await list_versions(connection)}:
+            await store_book(connection, book, effective_from=dt.datetime.now(dt.UTC))
     finally:
         await connection.close()
 

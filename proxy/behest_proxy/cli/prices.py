@@ -3,28 +3,31 @@
 import argparse
 import asyncio
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime, time
 from typing import Any
 
-from behest_ledger.money import usd_from_pico, usd_per_million_from_rate_pico
+import msgspec
+
 from behest_ledger.prices.book import PriceBook
-from behest_ledger.prices.rates import ClassRates, Rates
 from behest_proxy.cli.database import add_database_arguments, dsn_from, ledger_errors_shown
-from behest_proxy.cli.tables import print_table
+from behest_proxy.cli.prices_difference import HEADER, difference
+from behest_proxy.cli.prices_rows import ROW_HEADER, details_of, override_rows, rows_of
+from behest_proxy.cli.prices_update import book_from, moment_of, update
+from behest_proxy.cli.tables import print_document, print_table
 from behest_proxy.cli.terminal import Terminal, UserError
 
 _EXAMPLES = """\
 examples:
   behest prices show gpt-4o-mini claude-sonnet-4-5
+  behest prices show gemini-2.5-flash --at 2027-01-01
   behest prices show --provider groq
   behest prices diff                 what an update would change
   behest prices update               store the installed package's prices as a new version
+  behest prices update --from prices.json --effective-from 2026-12-01T00:00:00Z
 
-A newer package brings newer prices: pip install -U genai-prices. An Upstream resource may state its own.
+A newer package brings newer prices: pip install -U genai-prices. Nothing is downloaded while Behest runs. An Upstream
+resource may state its own prices, which win over all of these.
 """
-
-_HEADER = ("PROVIDER", "MODEL", "CONTEXT", "INPUT", "CACHED", "CACHE WRITE", "OUTPUT", "REASONING", "REQUEST")
-_COLUMNS = ("input", "cache_read", "cache_write", "output", "reasoning")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -32,30 +35,47 @@ def add_parser(subparsers: Any) -> None:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "prices",
         help="show, compare and update the price book",
-        description="Prices are USD per million tokens, of the provider's default service.",
+        description="Prices are USD per million tokens, of the provider's default service where nothing else is said.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
 
-    show = actions.add_parser("show", help="what models cost now")
+    show = actions.add_parser("show", help="what models cost: by class, context, service and date")
     show.add_argument("models", nargs="*", metavar="MODEL", help="default: all, of the provider")
     show.add_argument("--provider", metavar="NAME", help="whose prices (default: told by the model's name)")
+    show.add_argument("--at", metavar="DATE", help="at this date or time (default: now)")
     show.add_argument("--package", action="store_true", help="of the installed package, not of the database")
 
-    actions.add_parser("diff", help="stored prices beside those of the installed package")
+    diff = actions.add_parser("diff", help="stored prices beside those of the installed package")
+    diff.add_argument("-o", "--output", choices=("table", "json"), default="table", help="default: table")
 
-    update = actions.add_parser("update", help="store the installed package's prices as a new version")
-    update.add_argument(
+    change = actions.add_parser("update", help="store the installed package's prices as a new version")
+    change.add_argument(
         "--effective-from", metavar="TIME", help="ISO 8601 with a zone, from when on they hold (default: now)"
     )
+    change.add_argument("--yes", "-y", action="store_true", help="do not ask")
+    change.add_argument(
+        "--accept-changes", action="store_true", help="also where prices rise or fall a hundredfold, or to nothing"
+    )
+
+    export = actions.add_parser("export", help="print the compiled prices as JSON, for --from")
+    export.add_argument("--package", action="store_true", help="of the installed package, not of the database")
+
+    for action in (diff, change):
+        action.add_argument(
+            "--from",
+            dest="source",
+            metavar="FILE",
+            help="instead of the installed package's: JSON as genai-prices publishes it, or as `export` prints it",
+        )
     for action in actions.choices.values():
         add_database_arguments(action)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Do it. Raises `UserError` for what the person can put right."""
-    actions = {"show": _show, "diff": _diff, "update": _update}
+    actions = {"show": _show, "diff": _diff, "update": update, "export": _export}
     with ledger_errors_shown():
         return asyncio.run(actions[arguments.action](arguments, Terminal()))
 
@@ -63,61 +83,98 @@ def run(arguments: argparse.Namespace) -> int:
 async def _show(arguments: argparse.Namespace, terminal: Terminal) -> int:
     if not arguments.models and not arguments.provider:
         raise UserError("there are thousands of prices", "name models, or a provider with --provider")
-    now = datetime.now(UTC)
-    book, origin = await _shown_book(arguments, now)
+    at = _day(arguments.at)
+    book, origin = await _shown_book(arguments, at)
     provider = arguments.provider
     if provider is not None and book.provider_id(provider) is None:
         known = ", ".join(entry.id for entry in book.document.providers)
         raise UserError(f"the price book knows no provider {provider!r}", f"it knows {known}")
-    found, unknown = _look_up(book, arguments.models, provider, now)
-    rows = [row for provider_id, model, rates in found for row in _rows(provider_id, model, rates)]
+    overrides = await _overrides(arguments)
+    rows: list[Sequence[str]] = []
+    details: list[str] = []
+    unknown: list[str] = []
+    for model in arguments.models or _models_of(book, provider):
+        found = rows_of(book, provider, model, at=at, in_full=bool(arguments.models))
+        stated = [row for row in overrides if row[1] == model] if arguments.models else []
+        rows += [*found, *stated]
+        if arguments.models:
+            details += details_of(book, provider, model)
+            # Of a whole provider, what has no price per token (images, speech) is passed over.
+            unknown += [] if found or stated else [model]
     if rows:
-        print_table(terminal, _HEADER, rows)
-    terminal.note(f"USD per million tokens; a price in brackets is another class's. {book.version}, {origin}")
+        print_table(terminal, ROW_HEADER, rows)
+    for line in details:
+        terminal.note(line)
+    terminal.note(
+        f"USD per million tokens; a price in brackets is another class's. {book.version}, {origin};"
+        f" source: {book.document.source}; at {at:%Y-%m-%d %H:%M} UTC"
+    )
     for model in unknown:
         terminal.line(f"{model}: no price is known; state it in the Upstream resource, or say that it is free")
     return 1 if unknown else 0
 
 
-def _look_up(
-    book: PriceBook, models: Sequence[str], provider: str | None, at: datetime
-) -> tuple[list[tuple[str, str, Rates]], list[str]]:
-    found: list[tuple[str, str, Rates]] = []
-    unknown: list[str] = []
-    listed: list[str] = []
-    if not models:
-        provider_id = book.provider_id(provider or "")
-        entries = next((entry.models for entry in book.document.providers if entry.id == provider_id), [])
-        listed = [entry.id for entry in entries]
-    for model in models or listed:
-        entry = book.find(provider, model)
-        rates = book.resolve(provider, model, at=at)
-        if entry is None or rates is None:
-            # Of a whole provider, what has no price per token (images, speech) is passed over.
-            unknown += [] if listed else [model]
-        else:
-            found.append((entry[0], model, rates))
-    return found, unknown
+def _models_of(book: PriceBook, provider: str | None) -> list[str]:
+    provider_id = book.provider_id(provider or "")
+    return [model.id for entry in book.document.providers if entry.id == provider_id for model in entry.models]
 
 
-async def _shown_book(arguments: argparse.Namespace, now: datetime) -> tuple[PriceBook, str]:
+def _day(text: str | None) -> datetime:
+    """A time, or a date: the beginning of that day in UTC."""
+    if text is not None and len(text) == len("2026-12-01"):
+        try:
+            return datetime.combine(date.fromisoformat(text), time(), UTC)
+        except ValueError:
+            raise UserError(f"{text!r} is no date", "write it as 2026-12-01") from None
+    return moment_of(text)
+
+
+async def _shown_book(arguments: argparse.Namespace, at: datetime) -> tuple[PriceBook, str]:
     """The stored book where a database is named and holds one, else the installed package's."""
     if not arguments.package:
         try:
             dsn = dsn_from(arguments)
         except UserError:
             # No database is needed to look at prices.
-            return _package_book(), "of the installed package (no database is named)"
-        stored = await _stored_book(dsn, now)
+            return book_from(None), "of the installed package (no database is named)"
+        stored = await _stored_book(dsn, at)
         if stored is not None:
-            return stored, f"stored, since {stored.effective_from:%Y-%m-%d}"
-    return _package_book(), "of the installed package"
+            return stored, f"stored, since {stored.effective_from:%Y-%m-%d %H:%M} UTC"
+    return book_from(None), "of the installed package"
+
+
+async def _overrides(arguments: argparse.Namespace) -> list[Sequence[str]]:
+    """What Upstream resources say of the models that are asked for, where a database is named."""
+    from behest_ledger.store.configuration import connected, load_configuration
+
+    if arguments.package or not arguments.models:
+        return []
+    try:
+        dsn = dsn_from(arguments)
+    except UserError:
+        return []
+    async with connected(dsn) as connection:
+        configuration = await load_configuration(connection, None)
+    return [row for model in arguments.models for row in override_rows(configuration, model)]
 
 
 async def _diff(arguments: argparse.Namespace, terminal: Terminal) -> int:
     now = datetime.now(UTC)
-    installed = _package_book()
+    installed = book_from(arguments.source)
     stored = await _stored_book(dsn_from(arguments), now)
+    if arguments.output == "json":
+        changes = [] if stored is None else difference(stored, installed, at=now)
+        keys = ("provider", "model", "class", "stored", "installed")
+        document = {
+            "stored": stored.version if stored is not None else None,
+            "installed": installed.version,
+            "unit": "USD per million tokens",
+            "changes": [
+                dict(zip(keys, (text if text != "-" else None for text in row), strict=True)) for row in changes
+            ],
+        }
+        print_document(terminal, document, "json")
+        return 0
     if stored is None:
         terminal.line("No prices are stored yet: behest prices update")
         return 0
@@ -127,67 +184,15 @@ async def _diff(arguments: argparse.Namespace, terminal: Terminal) -> int:
     if not rows:
         terminal.line("They cost the same.")
         return 0
-    print_table(terminal, ("PROVIDER", "MODEL", "CLASS", "STORED", "INSTALLED"), rows)
+    print_table(terminal, HEADER, rows)
     return 0
 
 
-def difference(stored: PriceBook, installed: PriceBook, *, at: datetime) -> list[tuple[str, str, str, str, str]]:
-    """Every price that differs at a moment: provider, model, class, stored, installed; `-` where there is none."""
-    keys = dict.fromkeys(
-        (provider.id, model.id)
-        for book in (stored, installed)
-        for provider in book.document.providers
-        for model in provider.models
-    )
-    rows: list[tuple[str, str, str, str, str]] = []
-    for provider, model in keys:
-        before = _prices(stored.resolve(provider, model, at=at))
-        after = _prices(installed.resolve(provider, model, at=at))
-        rows += [
-            (provider, model, name, before.get(name, "-"), after.get(name, "-"))
-            for name in dict.fromkeys((*before, *after))
-            if before.get(name, "-") != after.get(name, "-")
-        ]
-    return rows
-
-
-def _prices(rates: Rates | None) -> dict[str, str]:
-    if rates is None:
-        return {}
-    prices = {name: usd_per_million_from_rate_pico(rates.base.rate_pico(name)) for name in rates.stated}
-    for tier in rates.tiers:
-        prices |= {
-            f"{name} over {tier.start_input_tokens}": usd_per_million_from_rate_pico(tier.rates.rate_pico(name))
-            for name in rates.stated
-        }
-    if rates.request_pico:
-        prices["request"] = usd_from_pico(rates.request_pico)
-    return prices
-
-
-async def _update(arguments: argparse.Namespace, terminal: Terminal) -> int:
-    from behest_ledger.store.configuration import connected
-    from behest_ledger.store.prices import store_book
-
-    effective_from = _moment(arguments.effective_from)
-    book = _package_book()
-    async with connected(dsn_from(arguments)) as connection:
-        added = await store_book(connection, book, effective_from=effective_from)
-    since = f", from {effective_from:%Y-%m-%d %H:%M} UTC on" if arguments.effective_from else ""
-    terminal.line(f"prices/{book.version} {'created' + since if added else 'unchanged'}")
+async def _export(arguments: argparse.Namespace, terminal: Terminal) -> int:
+    book = None if arguments.package else await _stored_book(dsn_from(arguments), datetime.now(UTC))
+    document = (book_from(None) if book is None else book).document
+    terminal.line(msgspec.json.encode(document).decode())
     return 0
-
-
-def _moment(text: str | None) -> datetime:
-    if text is None:
-        return datetime.now(UTC)
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        raise UserError(f"{text!r} is no time", "write it as 2026-12-01T00:00:00Z") from None
-    if moment.tzinfo is None:
-        raise UserError(f"{text!r} has no time zone", f"write it as {text}Z")
-    return moment.astimezone(UTC)
 
 
 async def _stored_book(dsn: str, at: datetime) -> PriceBook | None:
@@ -196,29 +201,3 @@ async def _stored_book(dsn: str, at: datetime) -> PriceBook | None:
 
     async with connected(dsn) as connection:
         return await load_current_book(connection, at)
-
-
-def _package_book() -> PriceBook:
-    from behest_ledger.prices.snapshot import compile_package_book
-
-    return compile_package_book()
-
-
-def _rows(provider: str, model: str, rates: Rates) -> list[Sequence[str]]:
-    request = usd_from_pico(rates.request_pico) if rates.request_pico else "-"
-    rows: list[Sequence[str]] = [(provider, model, "any", *_cells(rates, rates.base), request)]
-    if rates.tiers:
-        rows[0] = (provider, model, f"to {rates.tiers[0].start_input_tokens}", *rows[0][3:])
-    rows += [
-        (provider, model, f"over {tier.start_input_tokens}", *_cells(rates, tier.rates), request)
-        for tier in rates.tiers
-    ]
-    return rows
-
-
-def _cells(rates: Rates, classes: ClassRates) -> list[str]:
-    cells: list[str] = []
-    for name in _COLUMNS:
-        price = usd_per_million_from_rate_pico(classes.rate_pico(name))
-        cells.append(price if name in rates.stated else f"({price})")
-    return cells
