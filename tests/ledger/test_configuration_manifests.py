@@ -166,6 +166,11 @@ INVALID: list[tuple[dict[str, Any], str]] = [
             ' got "../../etc/passwd"'
         ),
     ),
+    # To PostgreSQL it is an offset that knows no summer.
+    (
+        budget(window={"period": "Day", "timeZone": "CET"}),
+        ('Budget demo/it: spec.window.timeZone: must be an IANA time zone such as "UTC" or "Europe/Berlin", got "CET"'),
+    ),
     (budget(alertThresholds=[0]), "Budget demo/it: spec.alertThresholds[0]: must be from 1 to 100, got 0"),
     (
         budget(alertThresholds=[80, 50]),

@@ -1,11 +1,15 @@
 """Which window a request falls into: only the database says so, by its own clock."""
 
 import asyncio
+import random
+from calendar import monthrange
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from zoneinfo import ZoneInfo, available_timezones
 
 import pytest
 
+from behest_ledger.configuration.rules import is_zone
 from behest_ledger.holds import Granted
 from behest_ledger.request_id import request_id
 from ledger.books import Books, granted, keep_books, refused, settlement, total
@@ -40,6 +44,21 @@ BOUNDS = [
     ("hour", "calendar", "Europe/Berlin", "2026-10-25T01:30:00Z", "2026-10-25T01:00:00Z", "2026-10-25T02:00:00Z"),
     # A clock that changes at midnight: the day has no 00:00, and still ends at the next one.
     ("day", "calendar", "Africa/Cairo", "2024-04-26T10:00:00Z", "2024-04-25T22:00:00Z", "2024-04-26T21:00:00Z"),
+    ("hour", "calendar", "Asia/Kathmandu", "2026-03-04T05:06:07Z", "2026-03-04T04:15:00Z", "2026-03-04T05:15:00Z"),
+    ("day", "calendar", "Asia/Kathmandu", "2026-03-04T18:14:59Z", "2026-03-03T18:15:00Z", "2026-03-04T18:15:00Z"),
+    # A midnight that comes twice: the day begins with the second one, and the hour before is the end of the day before.
+    ("day", "calendar", "America/Havana", "2025-11-02T04:30:00Z", "2025-11-01T04:00:00Z", "2025-11-02T05:00:00Z"),
+    ("day", "calendar", "America/Havana", "2025-11-02T05:30:00Z", "2025-11-02T05:00:00Z", "2025-11-03T05:00:00Z"),
+    # A midnight that never comes.
+    ("day", "calendar", "America/Havana", "2025-03-09T05:30:00Z", "2025-03-09T05:00:00Z", "2025-03-10T04:00:00Z"),
+    # A day that never came: west of the date line one evening, east of it the next morning.
+    ("day", "calendar", "Pacific/Apia", "2011-12-30T09:59:59Z", "2011-12-29T10:00:00Z", "2011-12-30T10:00:00Z"),
+    ("day", "calendar", "Pacific/Apia", "2011-12-30T10:00:00Z", "2011-12-30T10:00:00Z", "2011-12-31T10:00:00Z"),
+    ("month", "calendar", "UTC", "2028-02-29T12:00:00Z", "2028-02-01T00:00:00Z", "2028-03-01T00:00:00Z"),
+    ("month", "rolling", "UTC", "2028-01-31T05:06:07Z", "2028-01-31T05:06:07Z", "2028-02-29T05:06:07Z"),
+    ("day", "rolling", "UTC", "2028-02-28T12:00:00Z", "2028-02-28T12:00:00Z", "2028-02-29T12:00:00Z"),
+    # The week between two years belongs to the year of its Thursday, and is one week all the same.
+    ("week", "calendar", "UTC", "2027-01-01T12:00:00Z", "2026-12-28T00:00:00Z", "2027-01-04T00:00:00Z"),
     # Weeks begin on Monday.
     ("week", "calendar", "UTC", "2026-03-01T23:59:59Z", "2026-02-23T00:00:00Z", "2026-03-02T00:00:00Z"),
     ("week", "calendar", "UTC", "2026-03-02T00:00:00Z", "2026-03-02T00:00:00Z", "2026-03-09T00:00:00Z"),
@@ -81,10 +100,79 @@ def test_windows_follow_each_other_without_gap_or_overlap(dsn: str, zone: str) -
                     $4::timestamptz, $5::interval) AS at
                 CROSS JOIN LATERAL ledger.window_bounds_v1($1, 'calendar', $2, at) AS w
                 CROSS JOIN LATERAL ledger.window_bounds_v1($1, 'calendar', $2, w.ends_at) AS n
-                WHERE at >= w.ends_at OR n.starts_at <> w.ends_at OR w.starts_at >= w.ends_at""",
+                WHERE at < w.starts_at OR at >= w.ends_at OR n.starts_at <> w.ends_at OR w.starts_at >= w.ends_at""",
                 period, zone, begin, end, timedelta(minutes=61) if period == "hour" else timedelta(hours=7),
             )  # fmt: skip
             assert wrong == []
+
+    keep_books(dsn, work)
+
+
+def in_zone(local: datetime, zone: ZoneInfo) -> datetime:
+    """A local time as PostgreSQL reads it: of a time that comes twice the second, of one that never comes the later."""
+    early, late = (local.replace(tzinfo=zone, fold=fold).astimezone(UTC) for fold in (0, 1))
+    comes_twice = early < late
+    return late if comes_twice else early
+
+
+def next_local(period: str, local: datetime) -> datetime:
+    """A local time one period later; the last day of a month that is too short."""
+    if period == "month":
+        year, month = divmod(local.year * 12 + local.month, 12)
+        return local.replace(year=year, month=month + 1, day=min(local.day, monthrange(year, month + 1)[1]))
+    return local + timedelta(days={"day": 1, "week": 7}[period])
+
+
+def expected_bounds(period: str, alignment: str, zone: ZoneInfo, at: datetime) -> Bounds:
+    """The rule of windows, once more and from the other end: the last boundary that has come, and the one after it."""
+    local = at.astimezone(zone).replace(tzinfo=None)
+    if period in ("minute", "hour"):
+        back = timedelta(seconds=local.second, microseconds=local.microsecond)
+        back += timedelta(minutes=local.minute) if period == "hour" else timedelta()
+        starts = at if alignment == "rolling" else at - back
+        return starts, starts + timedelta(**{f"{period}s": 1})
+    if alignment == "rolling":
+        return at, in_zone(next_local(period, local), zone)
+    boundary = local.replace(hour=0, minute=0, second=0, microsecond=0) - timedelta(days=40)
+    while (period == "week" and boundary.weekday()) or (period == "month" and boundary.day != 1):
+        boundary += timedelta(days=1)
+    while in_zone(next_local(period, boundary), zone) <= at:
+        boundary = next_local(period, boundary)
+    return in_zone(boundary, zone), in_zone(next_local(period, boundary), zone)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_windows_are_those_of_another_library_at_any_time_in_any_zone(dsn: str, seed: int) -> None:
+    chance = random.Random(seed)
+    begin = datetime(2000, 1, 1, tzinfo=UTC)
+
+    async def work(books: Books) -> None:
+        known = {row["name"] for row in await books.connection.fetch("SELECT name FROM pg_timezone_names")}
+        zones = sorted(name for name in known & available_timezones() if is_zone(name))
+        assert len(zones) > 400
+        cases = list[tuple[str, str, str, datetime]]()
+        for _ in range(1500):
+            zone = chance.choice(zones)
+            at = begin + timedelta(microseconds=chance.randrange(23 * 365 * 86_400 * 10**6))
+            if chance.random() < 0.5:  # near the clock's changes, which are at night
+                month, day = chance.choice([3, 4, 9, 10, 11]), chance.randrange(1, 29)
+                at = (
+                    at.astimezone(ZoneInfo(zone))
+                    .replace(month=month, day=day, hour=chance.randrange(4))
+                    .astimezone(UTC)
+                )
+            alignment = chance.choice(["calendar", "calendar", "rolling"])
+            cases.append((chance.choice(["minute", "hour", "day", "week", "month"]), alignment, zone, at))
+        rows = await books.connection.fetch(
+            "SELECT w.starts_at, w.ends_at FROM unnest($1::text[], $2::text[], $3::text[], $4::timestamptz[])"
+            " WITH ORDINALITY AS c (period, alignment, zone, at, place),"
+            " LATERAL ledger.window_bounds_v1(c.period, c.alignment, c.zone, c.at) AS w ORDER BY c.place",
+            *(list(column) for column in zip(*cases, strict=True)),
+        )
+        for case, row in zip(cases, rows, strict=True):
+            period, alignment, zone, at = case
+            assert tuple(row) == expected_bounds(period, alignment, ZoneInfo(zone), at), case
+            assert row["starts_at"] <= at < row["ends_at"], case
 
     keep_books(dsn, work)
 

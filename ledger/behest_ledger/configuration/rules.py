@@ -22,6 +22,8 @@ DNS_SUBDOMAIN = re.compile(rf"{DNS_LABEL.pattern}(\.{DNS_LABEL.pattern})*")
 VISIBLE = re.compile(r"[\x21-\x7e]+")
 _LABEL_NAME = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 _ZONE = re.compile(r"[A-Za-z][A-Za-z0-9_+-]*(/[A-Za-z0-9_+-]+){0,2}")
+_ABBREVIATIONS = frozenset({"CET", "EET", "EST", "HST", "MET", "MST", "WET"})
+"""To PostgreSQL these are offsets and not zones: it would never change their clocks, as IANA's zones of that name do."""
 _HOST = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_]*[A-Za-z0-9])?(\.[A-Za-z0-9]([-A-Za-z0-9_]*[A-Za-z0-9])?)*\.?")
 
 
@@ -29,6 +31,8 @@ def is_zone(name: str) -> bool:
     """Whether this is an IANA time zone that this machine knows."""
     # `localtime`, `posix/...` and the like are names of files, not zones, and PostgreSQL does not know them.
     if len(name) > 64 or not _ZONE.fullmatch(name) or name in ("Factory", "localtime", "posixrules"):
+        return False
+    if name in _ABBREVIATIONS:
         return False
     if name.startswith(("posix/", "right/")):
         return False

@@ -246,3 +246,38 @@ END
 $$;
 
 INSERT INTO ledger.sidecar_right (kind, name) VALUES ('function', 'budgets_of_v2');
+
+-- As before, and besides: where midnight comes twice (a clock that goes back from one to zero), the day begins with the second
+-- one, as PostgreSQL reads it; the hour before still belongs to the day before. It used to be given a window that had not
+-- begun.
+CREATE OR REPLACE FUNCTION ledger.window_bounds_v1(
+    p_period text, p_alignment text, p_zone text, p_at timestamptz,
+    OUT starts_at timestamptz, OUT ends_at timestamptz
+) LANGUAGE plpgsql STABLE AS $$
+DECLARE
+    v_local timestamp;
+    v_length interval := CASE WHEN p_period <> 'lifetime' THEN ('1 ' || p_period)::interval END;
+BEGIN
+    IF p_period = 'lifetime' THEN
+        starts_at := p_at;
+        ends_at := NULL;
+    ELSIF p_period IN ('minute', 'hour') THEN
+        starts_at := CASE p_alignment WHEN 'rolling' THEN p_at ELSE date_trunc(p_period, p_at, p_zone) END;
+        ends_at := starts_at + v_length;
+    ELSE
+        -- Days are added to the local date: a day with a clock change has 23 or 25 hours. From the local time, not
+        -- back from `starts_at`: where the clock changes at midnight, a day begins at one.
+        v_local := p_at AT TIME ZONE p_zone;
+        IF p_alignment = 'rolling' THEN
+            starts_at := p_at;
+        ELSE
+            v_local := date_trunc(p_period, v_local);
+            IF v_local AT TIME ZONE p_zone > p_at THEN
+                v_local := v_local - v_length;
+            END IF;
+            starts_at := v_local AT TIME ZONE p_zone;
+        END IF;
+        ends_at := (v_local + v_length) AT TIME ZONE p_zone;
+    END IF;
+END
+$$;
