@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import uvloop
-from bench import cancel, chunk
+from bench import books, cancel, chunk, ledger, through
 from bench.answers import BrokenAnswer
 from bench.peers import Peer, PeerError, behest, envoy, envoy_version, simulator
 
@@ -25,12 +25,15 @@ figures:
           Before the two stands the same load, behind them the same simulator (HTTP/1.1). They take turns.
   cancel  milliseconds from a client's reset to the moment in which the provider sees the cancel, over 200 streams,
           over HTTP/2 and HTTP/1.1.
+  ledger  in a PostgreSQL of its own with the settings of `behest up`: admission, holds on one hot window, settling,
+          and through the sidecar statements a stream and the time from the kill switch to the last chunk.
 """
 _EPILOG = """\
 examples:
-  make bench                                       everything, under 4 minutes
+  make bench                                       everything, under 6 minutes
   make bench ARGS="--quick"                        a first look, under 60 seconds: one turn, HTTP/2 and 20 streams
   make bench ARGS="chunk --case chunk-h2-200"      one case
+  make bench ARGS=ledger                           the ledger alone, under 2 minutes
   make bench ARGS="chunk --thorough"               1,000-chunk answers and three turns, 15 minutes
 
 A figure is the ratio, not the microseconds: those are this machine's. Look at `others` in the table: when other
@@ -71,7 +74,11 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "figure", nargs="?", default="all", choices=["all", "chunk", "cancel"], help="what to measure (default: all)"
+        "figure",
+        nargs="?",
+        default="all",
+        choices=["all", "chunk", "cancel", "ledger"],
+        help="what to measure (default: all)",
     )
     effort = parser.add_mutually_exclusive_group()
     effort.add_argument("--quick", action="store_true", help="under 60 seconds, less exact")
@@ -90,6 +97,10 @@ def _figures(arguments: argparse.Namespace, folder: Path, say: Callable[[str], N
     elif arguments.quick:
         cases = cases[:3]
     print(_machine())
+    if arguments.figure in ("all", "ledger") and not arguments.quick:
+        _ledger(folder / "ledger", say)
+    if arguments.figure == "ledger":
+        return 0
     with simulator(folder) as (upstream_url, simulator_pid):
         say("starting behest (PostgreSQL, ledger, sidecar)")
         with behest(folder, upstream_url, tokens=chunk.TOKENS) as ours:
@@ -115,6 +126,26 @@ def _figures(arguments: argparse.Namespace, folder: Path, say: Callable[[str], N
     for line in chunk.lines(results):
         print(line)
     return 0
+
+
+def _ledger(folder: Path, say: Callable[[str], None]) -> None:
+    """Each line is printed when it is known: what comes later may break."""
+    folder.mkdir()
+    say("starting PostgreSQL")
+    with books.server(folder) as dsn:
+
+        async def alone() -> str:
+            async for line in ledger.measure(dsn, say):
+                print(line, flush=True)
+            return await books.database(dsn, "through")
+
+        database = uvloop.run(alone())
+        with simulator(folder) as (upstream_url, _):
+            say("starting behest on it")
+            with behest(folder, upstream_url, tokens=through.STREAMS, database_url=database) as peer:
+                print(uvloop.run(through.statements(peer, database, say)), flush=True)
+                print(uvloop.run(through.kill(peer, database, say)), flush=True)
+    print()
 
 
 async def _cases(

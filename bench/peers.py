@@ -48,12 +48,14 @@ def simulator(folder: Path) -> Generator[tuple[str, int]]:
 
 
 @contextlib.contextmanager
-def behest(folder: Path, upstream_url: str, *, tokens: int) -> Generator[Peer]:
-    """`behest up`: the sidecar with authentication, metering, budgets and the ledger in an embedded PostgreSQL."""
+def behest(folder: Path, upstream_url: str, *, tokens: int, database_url: str | None = None) -> Generator[Peer]:
+    """`behest up`: the sidecar with authentication, metering, budgets and the ledger, in an embedded PostgreSQL if no
+    database is named.
+    """
     ready_file = folder / "ready.json"
     command = [*BEHEST, "up", "--data-dir", str(folder / "data"), "--port", "0", "--admin-port", "0"]
     command += ["--ready-file", str(ready_file), "--upstream", upstream_url]
-    with _running(command, folder / "behest.log") as process:
+    with _running(command, folder / "behest.log", database_url=database_url) as process:
         _wait(process, folder / "behest.log", ready_file.exists)
         ready = json.loads(ready_file.read_text(encoding="utf-8"))
         minted = [_mint(ready["base_url"], ready["api_key"], number) for number in range(tokens)]
@@ -138,9 +140,11 @@ def _mint(base_url: str, api_key: str, number: int) -> str:
 
 
 @contextlib.contextmanager
-def _running(command: list[str], log: Path) -> Generator[subprocess.Popen[bytes]]:
+def _running(command: list[str], log: Path, *, database_url: str | None = None) -> Generator[subprocess.Popen[bytes]]:
     environment = {**os.environ, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
     environment.pop("DATABASE_URL", None)  # the bench makes its own database, and touches no other
+    if database_url is not None:
+        environment["DATABASE_URL"] = database_url
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, start_new_session=True

@@ -1,0 +1,168 @@
+"""The figures of the ledger itself, without a proxy: admissions, holds on one hot window, settlements."""
+
+import asyncio
+import statistics
+import time
+from collections.abc import AsyncGenerator, Callable
+from uuid import UUID
+
+from bench.books import Sidecar, Spread, budgets, database, settings_line, settlement
+
+from behest_ledger.holds import Granted
+from behest_ledger.store import holds
+from behest_ledger.store.pool import Connection, connect
+from behest_ledger.store.writer import BATCH_ITEMS_MAX, SettlementWriter
+
+ADMISSION_TARGET_MS = 2.0
+SETTLE_TARGET_ROWS_S = 50_000
+ADMISSIONS = 400
+LOAD_PER_S = 100
+LOAD_S = 4.0
+HOT_ASKERS = 32
+"""Requests that ask at the same time, in each sidecar."""
+HOT_S = 3.0
+SETTLED = 2000
+REPETITIONS = 5
+
+
+async def measure(dsn: str, say: Callable[[str], None]) -> AsyncGenerator[str]:
+    """All of them: a line each."""
+    books = await database(dsn, "figures")
+    await budgets(books, sessions=True)
+    yield f"ledger: {await settings_line(books)}"
+    say("ledger: admissions")
+    yield _admission_line("idle", "one after the other", await _admit_idle(books))
+    yield _admission_line("load", f"{LOAD_PER_S} a second, settled 50 ms later", await _admit_load(books))
+    for writers in (1, 4):
+        say(f"ledger: settlements, {writers} writing")
+        yield await _settle(books, writers)
+    hot = await database(dsn, "hot")
+    await budgets(hot, sessions=False)
+    for sidecars in (1, 4):
+        say(f"ledger: holds on one window, {sidecars} asking")
+        held = await _hot(hot, sidecars)
+        yield f"ledger-hot-{sidecars}: {held:.0f} holds/s on one window, {sidecars} x {HOT_ASKERS} asking at once"
+
+
+def _verdict(met: bool, target: str) -> str:
+    return f"target {target}: {'met' if met else 'NOT met'}"
+
+
+def _admission_line(name: str, what: str, spread: Spread) -> str:
+    target = _verdict(spread.ms(0.99) <= ADMISSION_TARGET_MS, f"p99 <= {ADMISSION_TARGET_MS:.0f} ms")
+    return f"ledger-admit-{name}: {spread}, two windows, {what} ({target})"
+
+
+async def _admit_idle(dsn: str) -> Spread:
+    sidecar = await Sidecar.start(dsn)
+    times_s: list[float] = []
+    for number in range(ADMISSIONS + 20):
+        started_s = time.perf_counter()
+        answer = await holds.admit(sidecar.pool, sidecar.admission())
+        if number >= 20:  # the first ones make the windows, and the plans
+            times_s.append(time.perf_counter() - started_s)
+        assert isinstance(answer, Granted), answer
+    await sidecar.aclose()
+    return Spread(times_s)
+
+
+async def _admit_load(dsn: str) -> Spread:
+    """Each is timed from when it was due, so that one slow admission is not forgotten by those that wait for it."""
+    sidecar = await Sidecar.start(dsn)
+    writer = SettlementWriter(lambda items: holds.settle(sidecar.pool, items), on_settled=lambda _: None)
+    writer.start()
+    times_s: list[float] = []
+    begin_s = time.perf_counter()
+
+    async def one(number: int) -> None:
+        due_s = begin_s + number / LOAD_PER_S
+        await asyncio.sleep(due_s - time.perf_counter())
+        asked = sidecar.admission()
+        assert isinstance(await holds.admit(sidecar.pool, asked), Granted)
+        times_s.append(time.perf_counter() - due_s)
+        await asyncio.sleep(0.05)
+        writer.submit(settlement(asked.request_id))
+
+    await asyncio.gather(*(one(number) for number in range(int(LOAD_PER_S * LOAD_S))))
+    assert await writer.flush(10.0)
+    await writer.aclose()
+    await sidecar.aclose()
+    return Spread(times_s)
+
+
+async def _hot(dsn: str, sidecars: int) -> float:
+    """Holds a second, asked for without a pause."""
+    asking = [await Sidecar.start(dsn) for _ in range(sidecars)]
+    held = 0
+    end_s = time.perf_counter() + HOT_S
+
+    async def ask(sidecar: Sidecar) -> None:
+        nonlocal held
+        while time.perf_counter() < end_s:
+            assert isinstance(await holds.admit(sidecar.pool, sidecar.admission()), Granted)
+            held += 1
+
+    started_s = time.perf_counter()
+    await asyncio.gather(*(ask(sidecar) for sidecar in asking for _ in range(HOT_ASKERS)))
+    elapsed_s = time.perf_counter() - started_s
+    for sidecar in asking:
+        await sidecar.aclose()
+    return held / elapsed_s
+
+
+async def _settle(dsn: str, writers: int) -> str:
+    """Batches of 200, one in flight for each writer. A row is one that is inserted: posting, usage line or request."""
+    connection: Connection = await connect(dsn)
+    writing: list[Connection] = [await connect(dsn) for _ in range(writers)]
+    rates: list[float] = []
+    rows_each = 0.0
+    for _ in range(REPETITIONS):
+        requests = await _admit_many(dsn, SETTLED)
+        batches = [
+            [settlement(request) for request in requests[first : first + BATCH_ITEMS_MAX]]
+            for first in range(0, SETTLED, BATCH_ITEMS_MAX)
+        ]
+
+        async def write(number: int, *, mine: list[list[holds.Settlement]] = batches) -> None:
+            for batch in mine[number::writers]:
+                answers = await holds.settle(writing[number], batch)
+                assert all(answer.result == "settled" for answer in answers)
+
+        before = await _rows(connection)
+        started_s = time.perf_counter()
+        await asyncio.gather(*(write(number) for number in range(writers)))
+        rates.append(SETTLED / (time.perf_counter() - started_s))
+        rows_each = (await _rows(connection) - before) / SETTLED
+    for one in (*writing, connection):
+        await one.close()
+    best, median = max(rates), statistics.median(rates)
+    target = _verdict(median * rows_each >= SETTLE_TARGET_ROWS_S, f">= {SETTLE_TARGET_ROWS_S:,} rows/s")
+    return (
+        f"ledger-settle-{writers}: median {median * rows_each:,.0f} rows/s ({median:,.0f} settlements of"
+        f" {rows_each:.0f} rows), best {best * rows_each:,.0f}; {REPETITIONS} x {SETTLED} settlements with two windows"
+        f" each, {writers} writing batches of {BATCH_ITEMS_MAX} ({target})"
+    )
+
+
+async def _rows(connection: Connection) -> int:
+    found: int = await connection.fetchval(
+        "SELECT (SELECT count(*) FROM ledger.posting) + (SELECT count(*) FROM ledger.usage_line)"
+        " + (SELECT count(*) FROM ledger.request)"
+    )
+    return found
+
+
+async def _admit_many(dsn: str, number: int) -> list[UUID]:
+    """Open holds to settle. They are made in a hurry: nobody measures them."""
+    sidecar = await Sidecar.start(dsn)
+    asked = [sidecar.admission() for _ in range(number)]
+
+    async def admit(part: int) -> None:
+        async with sidecar.pool.acquire() as connection:
+            await connection.execute("SET synchronous_commit = off")
+            for admission in asked[part::2]:
+                assert isinstance(await holds.admit(connection, admission), Granted)
+
+    await asyncio.gather(admit(0), admit(1))
+    await sidecar.aclose()
+    return [admission.request_id for admission in asked]
