@@ -12,6 +12,7 @@ from ledger.books import INPUT_RATE, OUTPUT_RATE, WHO, Books, granted, keep_book
 
 Unit = Literal["usd", "tokens", "requests", "concurrency"]
 
+AT_ONCE: tuple[Unit, str] = ("concurrency", "both")
 UNITS: list[tuple[Unit, str]] = [
     ("usd", "both"), ("tokens", "both"), ("tokens", "input"), ("tokens", "output"), ("requests", "both"),
 ]  # fmt: skip
@@ -168,7 +169,7 @@ def test_of_overlapping_budgets_the_one_that_can_pay_least_decides(dsn: str, see
         for turn in range(25):
             user = f"u{turn}"
             others = [
-                Other(f"b{turn}-{number}", *chance.choice([*UNITS, ("concurrency", "both")]), 0, chance.random() < 0.2)
+                Other(f"b{turn}-{number}", *chance.choice([*UNITS, AT_ONCE]), 0, chance.random() < 0.2)
                 for number in range(chance.randrange(1, 6))
             ]
             others = [

@@ -23,7 +23,7 @@ VISIBLE = re.compile(r"[\x21-\x7e]+")
 _LABEL_NAME = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 _ZONE = re.compile(r"[A-Za-z][A-Za-z0-9_+-]*(/[A-Za-z0-9_+-]+){0,2}")
 _ABBREVIATIONS = frozenset({"CET", "EET", "EST", "HST", "MET", "MST", "WET"})
-"""To PostgreSQL these are offsets and not zones: it would never change their clocks, as IANA's zones of that name do."""
+"""To PostgreSQL these are offsets and not zones: it would never change their clocks as IANA's zones of that name do."""
 _HOST = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_]*[A-Za-z0-9])?(\.[A-Za-z0-9]([-A-Za-z0-9_]*[A-Za-z0-9])?)*\.?")
 
 
