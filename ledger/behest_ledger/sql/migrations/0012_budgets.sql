@@ -93,10 +93,10 @@ $$;
 -- Alerts -------------------------------------------------------------------------------------------------------------
 -- A threshold is reached by what was charged (spent + overrun), not by what is held: a hold comes and goes.
 --
--- Nobody looks for windows that have reached one: there may be a million of them. Each window knows what its charges have
--- to reach next (`alert_at`), and the update that reaches it leaves a note in `alert_due`, in the transaction that moves
--- the money, so none is lost. For every other update that costs one comparison. The column is in no index and no index
--- has it in its condition, so that balances are still updated in place. The keeper turns notes into alerts.
+-- Nobody looks for windows that have reached one: there may be a million of them. Each window knows what its charges
+-- have to reach next (`alert_at`), and the update that reaches it leaves a note in `alert_due`, in the transaction that
+-- moves the money, so none is lost. For every other update that costs one comparison. The column is in no index and no
+-- index has it in its condition, so that balances are still updated in place. The keeper turns notes into alerts.
 
 ALTER TABLE ledger.budget_window ADD COLUMN alert_at numeric(38, 0);    -- NULL: no threshold is left
 
@@ -163,7 +163,8 @@ CREATE TRIGGER alert_is_due AFTER UPDATE OF spent, overrun ON ledger.budget_wind
     FOR EACH ROW WHEN (NEW.alert_at IS NOT NULL AND NEW.spent + NEW.overrun >= NEW.alert_at)
     EXECUTE FUNCTION ledger.note_alert_v1();
 
-UPDATE ledger.budget_window w SET limit_amount = w.limit_amount WHERE w.ends_at IS NULL OR w.ends_at > clock_timestamp();
+UPDATE ledger.budget_window w SET limit_amount = w.limit_amount
+WHERE w.ends_at IS NULL OR w.ends_at > clock_timestamp();
 
 -- Turn at most p_limit notes into alerts and answer those that are new. The windows are locked before their notes go:
 -- who charges a window has it locked while it leaves a note.
@@ -214,8 +215,8 @@ $$;
 
 -- How budgets stand --------------------------------------------------------------------------------------------------
 
--- As budgets_of_v1, and besides: what is needed to say in a word how the budget stands. Of a soft budget `remaining` may be
--- below zero, by as much as its limit was passed.
+-- As budgets_of_v1, and besides: what is needed to say in a word how the budget stands. Of a soft budget `remaining`
+-- may be below zero, by as much as its limit was passed.
 CREATE FUNCTION ledger.budgets_of_v2(p_tenant text, p_attributes jsonb)
 RETURNS TABLE (budget_id text, unit text, limit_amount numeric, spent numeric, held numeric, overrun numeric,
                remaining numeric, period text, enforcement text, alert_thresholds integer[], suspended boolean,
@@ -247,9 +248,9 @@ $$;
 
 INSERT INTO ledger.sidecar_right (kind, name) VALUES ('function', 'budgets_of_v2');
 
--- As before, and besides: where midnight comes twice (a clock that goes back from one to zero), the day begins with the second
--- one, as PostgreSQL reads it; the hour before still belongs to the day before. It used to be given a window that had not
--- begun.
+-- As before, and besides: where midnight comes twice (a clock that goes back from one to zero), the day begins with the
+-- second one, as PostgreSQL reads it; the hour before still belongs to the day before, and is no longer given a window
+-- that has not begun.
 CREATE OR REPLACE FUNCTION ledger.window_bounds_v1(
     p_period text, p_alignment text, p_zone text, p_at timestamptz,
     OUT starts_at timestamptz, OUT ends_at timestamptz
