@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from behest_ledger.holds import Answer, Extension, Gone, Granted, Refused
-from behest_ledger.store.credit import BATCH_ITEMS_MAX, LINE_WAIT_S, Account, CreditDesk
+from behest_ledger.store.credit import BATCH_ITEMS_MAX, LINE_WAIT_S, PATIENCE_S, Account, CreditDesk
 from behest_ledger.store.errors import LedgerConflictError, LedgerError, LedgerUnavailableError
 from ledger.books import TENANT, new_id
 from ledger.clockwork import run
@@ -296,8 +296,8 @@ def test_a_failure_is_told_to_all_of_its_batch_and_to_nobody_else(failure: Excep
         answers = Answers(ledger)
         accounts = [ledger.open(1) for _ in range(3)]
         ledger.failures = [failure]
-        answers.ask(accounts[0])
-        answers.ask(accounts[1])
+        answers.ask(accounts[0], may_wait=False)
+        answers.ask(accounts[1], may_wait=False)
         await asyncio.sleep(0.005)
         answers.ask(accounts[2])
         await asyncio.sleep(0.1)
@@ -316,9 +316,62 @@ def test_a_conflict_is_asked_again_with_the_same_number() -> None:
         assert answers.verdicts == ["Granted"]
         assert [batch[0].seq for batch in ledger.batches] == [1, 1, 1]
         ledger.failures = [LedgerConflictError("deadlock")] * 5
-        answers.ask(ledger.open(1))
+        answers.ask(ledger.open(1), may_wait=False)
         await asyncio.sleep(5)
         assert answers.verdicts == ["Granted", "LedgerConflictError"]
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("failure", [LedgerUnavailableError("down"), LedgerConflictError("deadlock")])
+def test_who_stands_still_is_asked_for_again_with_the_same_number_until_the_ledger_is_back(
+    failure: LedgerError,
+) -> None:
+    async def scenario() -> None:
+        ledger = Ledger({1: 10})
+        answers = Answers(ledger)
+        ledger.failures = [failure] * 20
+        waiting, early = ledger.open(1), ledger.open(1)
+        answers.ask(waiting)
+        answers.ask(early, may_wait=False)
+        await asyncio.sleep(1)
+        assert [account for account, _ in answers.came] == [early]
+        await asyncio.sleep(PATIENCE_S - 1)
+        assert isinstance(answers.of(waiting), Granted)
+        assert {batch[0].seq for batch in ledger.batches} == {1}
+
+    play(scenario)
+
+
+def test_a_ledger_that_never_answers_is_waited_for_no_longer_than_its_patience() -> None:
+    async def scenario() -> None:
+        ledger = Ledger({1: 10}, lambda: PATIENCE_S * 0.9)
+        answers = Answers(ledger)
+        ledger.failures = [LedgerUnavailableError("down")] * 2
+        one = ledger.open(1)
+        answers.ask(one)
+        await asyncio.sleep(PATIENCE_S + 0.1)
+        assert isinstance(answers.of(one), LedgerUnavailableError)
+        await asyncio.sleep(PATIENCE_S * 3)
+        assert len(answers.came) == 1
+
+    play(scenario)
+
+
+def test_who_was_refused_and_asks_again_from_its_line_asks_another_question() -> None:
+    async def scenario() -> None:
+        ledger = Ledger({1: 10})
+        answers = Answers(ledger)
+        full = ledger.open(1, held=10)
+        ledger.desk.ended(full)
+        one = ledger.open(1)
+        answers.ask(one)
+        await asyncio.sleep(0.1)
+        assert answers.came == []
+        ledger.settle(full)
+        await asyncio.sleep(0.1)
+        assert isinstance(answers.of(one), Granted)
+        assert [batch[0].seq for batch in ledger.batches] == [1, 2]
 
     play(scenario)
 

@@ -20,7 +20,10 @@ logger = logging.getLogger(__name__)
 BATCH_ITEMS_MAX = 200
 LINE_WAIT_S = 5.0
 """How long a refused stream may stand in line before its refusal counts."""
-CONFLICT_RETRIES_MAX = 5
+PATIENCE_S = 5.0
+"""How long a stream that stands still waits for a ledger that gives no answer."""
+RETRY_S = 0.1
+CONFLICT_ATTEMPTS_MAX = 5
 
 ExtendCall = Callable[[Sequence[Extension]], Awaitable[dict[UUID, Answer]]]
 AnswerCall = Callable[[Answer | LedgerError], None]
@@ -40,7 +43,18 @@ class Account:
 
 
 class _Ask:
-    __slots__ = ("account", "answer", "may_wait", "need_tokens", "refusal", "timer", "want_tokens")
+    __slots__ = (
+        "account",
+        "answer",
+        "is_over",
+        "may_wait",
+        "need_tokens",
+        "patience",
+        "refusal",
+        "seq",
+        "timer",
+        "want_tokens",
+    )
 
     def __init__(
         self, account: Account, need_tokens: int, want_tokens: int, may_wait: bool, answer: AnswerCall
@@ -50,8 +64,28 @@ class _Ask:
         self.want_tokens = want_tokens
         self.may_wait = may_wait
         self.answer = answer
+        self.seq = 0
+        """Its number in its request, once it was sent: what is sent again has the same, and moves nothing twice."""
         self.timer: asyncio.TimerHandle | None = None
+        """While it stands in line."""
+        self.patience: asyncio.TimerHandle | None = None
+        """While the ledger owes it an answer."""
         self.refusal: Refused | None = None
+        self.is_over = False
+
+    def was_answered(self) -> None:
+        """An answer came that is not the last word: it will be another question that is asked next."""
+        self.seq = 0
+        if self.patience is not None:
+            self.patience.cancel()
+            self.patience = None
+
+    def end(self) -> None:
+        """Nothing comes after this."""
+        self.is_over = True
+        for timer in (self.timer, self.patience):
+            if timer is not None:
+                timer.cancel()
 
 
 class CreditDesk:
@@ -65,6 +99,7 @@ class CreditDesk:
         self._releasing: dict[int, int] = {}
         """Per window: local holds that have ended and are not settled yet. Their rest is about to be free."""
         self._task: asyncio.Task[None] | None = None
+        self._closed = False
 
     def open(self, tenant_id: str, request_id: UUID, windows: tuple[int, ...]) -> Account:
         """Begin to serve an admitted request."""
@@ -75,8 +110,9 @@ class CreditDesk:
     def ask(self, account: Account, *, need_tokens: int, want_tokens: int, may_wait: bool, answer: AnswerCall) -> None:
         """Ask for at least `need_tokens`, at best `want_tokens`; `answer` is called once, later, with what came.
 
-        `may_wait` says that a refusal would end the stream, so that it may stand in line first. A `LedgerError` means
-        that the ledger gave no answer: the result is unknown.
+        `may_wait` says that a refusal would end the stream, so that it may stand in line first; and that it may be
+        asked again, for up to `PATIENCE_S`, of a ledger that gives no answer. A `LedgerError` means that it gave none:
+        the result is unknown.
         """
         self._put(_Ask(account, need_tokens, want_tokens, may_wait, answer))
 
@@ -110,17 +146,18 @@ class CreditDesk:
 
     async def aclose(self) -> None:
         """Stop asking. Nobody is answered any more."""
+        self._closed = True
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        for line in self._lines.values():
-            for ask in line:
-                if ask.timer is not None:
-                    ask.timer.cancel()
+        for ask in [*self._asks, *(ask for line in self._lines.values() for ask in line)]:
+            ask.end()
         self._asks.clear()
         self._lines.clear()
 
     def _put(self, ask: _Ask) -> None:
+        if ask.may_wait and ask.patience is None:
+            ask.patience = asyncio.get_running_loop().call_later(PATIENCE_S, self._silent_too_long, ask)
         self._asks.append(ask)
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._run(), name="credit desk")
@@ -133,12 +170,14 @@ class CreditDesk:
                 later: deque[_Ask] = deque()
                 while self._asks and len(batch) < BATCH_ITEMS_MAX:
                     ask = self._asks.popleft()
-                    if ask.account.ended:
+                    if ask.account.ended or ask.is_over:
                         continue
                     if ask.account.request_id in batch:
                         later.append(ask)
                         continue
-                    ask.account.seq += 1
+                    if not ask.seq:
+                        ask.account.seq += 1
+                        ask.seq = ask.account.seq
                     batch[ask.account.request_id] = ask
                 self._asks.extendleft(reversed(later))
                 if batch:
@@ -151,36 +190,44 @@ class CreditDesk:
             Extension(
                 tenant_id=ask.account.tenant_id,
                 request_id=ask.account.request_id,
-                seq=ask.account.seq,
+                seq=ask.seq,
                 need_tokens=ask.need_tokens,
                 want_tokens=ask.want_tokens,
             )
             for ask in batch.values()
         ]
-        answers: dict[UUID, Answer] = {}
-        failure: LedgerError | None = None
-        for attempt in range(CONFLICT_RETRIES_MAX):
+        try:
+            answers = await self._extended(extensions)
+        except LedgerError as error:
+            logger.warning("asking for credit for %d streams failed: %s", len(batch), error)
+            may_come_back = isinstance(error, (LedgerConflictError, LedgerUnavailableError))
+            again = [ask for ask in batch.values() if may_come_back and ask.patience is not None]
+            for ask in batch.values():
+                if ask not in again:
+                    self._deliver(ask, error)
+            if again:
+                self._asks.extendleft(reversed(again))
+                await asyncio.sleep(RETRY_S)
+        except Exception as error:
+            # Whatever it was, nobody is left without an answer.
+            logger.exception("asking for credit failed in an unknown way")
+            for ask in batch.values():
+                self._deliver(ask, LedgerUnavailableError(f"{type(error).__name__}: {error}"))
+        else:
+            for request_id, ask in batch.items():
+                self._deliver(ask, answers.get(request_id, Gone()))
+
+    async def _extended(self, extensions: Sequence[Extension]) -> dict[UUID, Answer]:
+        for attempt in range(1, CONFLICT_ATTEMPTS_MAX):
             try:
-                answers = await self._extend(extensions)
-            except LedgerConflictError as error:
-                failure = error
-                await asyncio.sleep(0.01 * 2**attempt)
-                continue
-            except LedgerError as error:
-                failure = error
-            except Exception as error:
-                # Whatever it was, nobody is left without an answer.
-                logger.exception("asking for credit failed in an unknown way")
-                failure = LedgerUnavailableError(f"{type(error).__name__}: {error}")
-            else:
-                failure = None
-            break
-        if failure is not None:
-            logger.warning("asking for credit for %d streams failed: %s", len(batch), failure)
-        for request_id, ask in batch.items():
-            self._deliver(ask, failure if failure is not None else answers.get(request_id, Gone()))
+                return await self._extend(extensions)
+            except LedgerConflictError:
+                await asyncio.sleep(0.005 * 2**attempt)
+        return await self._extend(extensions)
 
     def _deliver(self, ask: _Ask, answer: Answer | LedgerError) -> None:
+        if ask.is_over:
+            return
         stood_in = ask.refusal.window_id if ask.refusal is not None else None
         waits = isinstance(answer, Refused) and ask.may_wait and self._stand_in_line(ask, answer)
         if not waits:
@@ -193,13 +240,16 @@ class CreditDesk:
             self._next_in_line(stood_in)
 
     def _answer(self, ask: _Ask, answer: Answer | LedgerError) -> None:
-        if ask.timer is not None:
-            ask.timer.cancel()
+        ask.end()
         if not ask.account.ended:
             try:
                 ask.answer(answer)
             except Exception:
                 logger.exception("a stream failed on its answer")
+
+    def _silent_too_long(self, ask: _Ask) -> None:
+        if not self._closed:
+            self._answer(ask, LedgerUnavailableError(f"no answer within {PATIENCE_S:g} s"))
 
     def _stand_in_line(self, ask: _Ask, refusal: Refused) -> bool:
         """Whether the refusal can wait: somebody of ours is about to give money of that window back."""
@@ -214,6 +264,7 @@ class CreditDesk:
         else:
             line.append(ask)
         ask.refusal = refusal
+        ask.was_answered()
         return True
 
     def _waited_enough(self, ask: _Ask) -> None:
