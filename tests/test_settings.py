@@ -31,7 +31,7 @@ def sample_of(name: str) -> tuple[str, Any]:
     if "int" in kind:
         return "123456", 123456
     if "float" in kind:
-        return "2.5", 2.5
+        return "4.5", 4.5
     if "Literal" in kind:
         return "transaction", "transaction"
     return "some text", "some text"
@@ -98,3 +98,8 @@ def test_the_environment_of_the_process_is_the_default(monkeypatch: pytest.Monke
     for variable, text in REQUIRED.items():
         monkeypatch.setenv(variable, text)
     assert from_environment() == from_environment(REQUIRED)
+
+
+def test_a_holder_that_would_die_between_two_renewals_is_refused() -> None:
+    with pytest.raises(SettingsError, match="BEHEST_HOLDER_TTL_S must be at least 3"):
+        from_environment({**REQUIRED, "BEHEST_HOLDER_TTL_S": "2"})

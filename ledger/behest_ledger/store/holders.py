@@ -4,7 +4,6 @@ A holder is one process under an id of its own. While it renews, its holds are i
 TTL, the keeper fences it for good: its holds go to suspense, its admissions answer `Gone`, and its renewals fail.
 """
 
-import asyncio
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -13,8 +12,7 @@ from uuid import UUID
 import msgspec
 
 from behest_ledger.holds import UsageLine
-from behest_ledger.store.errors import mapped
-from behest_ledger.store.pool import COMMAND_TIMEOUT_S, Connection
+from behest_ledger.store.pool import Connection, asking
 from behest_ledger.token_counts import INPUT_CLASSES, OUTPUT_CLASSES
 
 TTL_S = 120.0
@@ -66,17 +64,16 @@ async def checkpoint(pool: Connection, checkpoints: Sequence[Checkpoint]) -> lis
     Returns the requests whose hold was busy at this moment: send these again next time. Losing a checkpoint loses no
     money, it only makes the charge after a lost node lower. Raises `LedgerUnavailableError`.
     """
-    with mapped():
-        async with asyncio.timeout(COMMAND_TIMEOUT_S):
-            rows = await pool.fetch(
-                "SELECT * FROM ledger.checkpoint_batch_v1($1, $2, $3, $4, $5, $6::text[]::jsonb[])",
-                [item.tenant_id for item in checkpoints],
-                [item.request_id for item in checkpoints],
-                [sum(line.quantity for line in item.lines if line.class_ in INPUT_CLASSES) for item in checkpoints],
-                [sum(line.quantity for line in item.lines if line.class_ in OUTPUT_CLASSES) for item in checkpoints],
-                [sum(line.quantity * line.rate_pico for line in item.lines) for item in checkpoints],
-                [_lines(item) for item in checkpoints],
-            )
+    async with asking(pool) as connection:
+        rows = await connection.fetch(
+            "SELECT * FROM ledger.checkpoint_batch_v1($1, $2, $3, $4, $5, $6::text[]::jsonb[])",
+            [item.tenant_id for item in checkpoints],
+            [item.request_id for item in checkpoints],
+            [sum(line.quantity for line in item.lines if line.class_ in INPUT_CLASSES) for item in checkpoints],
+            [sum(line.quantity for line in item.lines if line.class_ in OUTPUT_CLASSES) for item in checkpoints],
+            [sum(line.quantity * line.rate_pico for line in item.lines) for item in checkpoints],
+            [_lines(item) for item in checkpoints],
+        )
     return [row[0] for row in rows]
 
 
@@ -87,6 +84,5 @@ def _lines(item: Checkpoint) -> str:
 
 
 async def _value(pool: Connection, query: str, *arguments: object) -> Any:
-    with mapped():
-        async with asyncio.timeout(COMMAND_TIMEOUT_S):
-            return await pool.fetchval(query, *arguments)
+    async with asking(pool) as connection:
+        return await connection.fetchval(query, *arguments)

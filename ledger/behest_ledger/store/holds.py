@@ -10,7 +10,7 @@ import msgspec
 
 from behest_ledger.holds import Admission, Answer, Extension, Gone, Granted, Refused, Settlement
 from behest_ledger.store.errors import LedgerConflictError, mapped
-from behest_ledger.store.pool import COMMAND_TIMEOUT_S, Connection
+from behest_ledger.store.pool import Connection, asking
 
 Result = Literal["settled", "already", "corrected", "unknown"]
 """`corrected`: the hold had been charged by policy, because its holder was gone; now it is charged this instead."""
@@ -54,13 +54,12 @@ async def admit_batch(pool: Connection, admissions: Sequence[Admission]) -> dict
 
 async def _admit_batch(pool: Connection, admissions: Sequence[Admission]) -> dict[UUID, Answer]:
     (holder_id,) = {admission.holder_id for admission in admissions}
-    with mapped():
-        async with asyncio.timeout(COMMAND_TIMEOUT_S):
-            rows = await pool.fetch(
-                "SELECT request_id, answer::text FROM ledger.admit_batch_v1($1, $2::text::jsonb)",
-                holder_id,
-                _jsonb(admissions),
-            )
+    async with asking(pool) as connection:
+        rows = await connection.fetch(
+            "SELECT request_id, answer::text FROM ledger.admit_batch_v1($1, $2::text::jsonb)",
+            holder_id,
+            _jsonb(admissions),
+        )
     return {row["request_id"]: answer_from_json(row["answer"]) for row in rows}
 
 
@@ -69,17 +68,16 @@ async def extend(pool: Connection, extensions: Sequence[Extension], *, shares: i
 
     Raises `LedgerUnavailableError` (unknown result) and `LedgerConflictError`.
     """
-    with mapped():
-        async with asyncio.timeout(COMMAND_TIMEOUT_S):
-            rows = await pool.fetch(
-                "SELECT request_id, answer::text FROM ledger.extend_batch_v1($1, $2, $3, $4, $5, $6)",
-                [extension.tenant_id for extension in extensions],
-                [extension.request_id for extension in extensions],
-                [extension.seq for extension in extensions],
-                [extension.need_tokens for extension in extensions],
-                [extension.want_tokens for extension in extensions],
-                shares,
-            )
+    async with asking(pool) as connection:
+        rows = await connection.fetch(
+            "SELECT request_id, answer::text FROM ledger.extend_batch_v1($1, $2, $3, $4, $5, $6)",
+            [extension.tenant_id for extension in extensions],
+            [extension.request_id for extension in extensions],
+            [extension.seq for extension in extensions],
+            [extension.need_tokens for extension in extensions],
+            [extension.want_tokens for extension in extensions],
+            shares,
+        )
     return {row["request_id"]: answer_from_json(row["answer"]) for row in rows}
 
 
@@ -88,12 +86,10 @@ async def settle(pool: Connection, settlements: Sequence[Settlement]) -> list[Se
 
     Raises `LedgerUnavailableError` (unknown result), `LedgerConflictError` and `LedgerRefusedError`.
     """
-    with mapped():
-        async with asyncio.timeout(COMMAND_TIMEOUT_S):
-            rows = await pool.fetch(
-                "SELECT request_id, result, overrun FROM ledger.settle_batch_v1($1::text::jsonb)",
-                _jsonb(settlements),
-            )
+    async with asking(pool) as connection:
+        rows = await connection.fetch(
+            "SELECT request_id, result, overrun FROM ledger.settle_batch_v1($1::text::jsonb)", _jsonb(settlements)
+        )
     return [Settled(row["request_id"], row["result"], row["overrun"]) for row in rows]
 
 

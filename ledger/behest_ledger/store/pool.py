@@ -5,8 +5,9 @@ connection may meet two sessions of the server, so nothing may be left behind in
 settings. What the ledger needs for its statements (time limits, search paths) is set on its functions.
 """
 
-from collections.abc import Generator
-from contextlib import contextmanager
+import asyncio
+from collections.abc import AsyncGenerator, Generator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Literal
 
 import asyncpg
@@ -64,6 +65,28 @@ async def open_pool(
 
 async def _nothing_to_reset(_connection: Connection) -> None:
     """Instead of asyncpg's own reset, a round trip after every use: no statement here leaves anything behind."""
+
+
+@asynccontextmanager
+async def asking(source: Connection) -> AsyncGenerator[Connection]:
+    """A connection of a pool (or the connection itself) for one question, for `COMMAND_TIMEOUT_S` in all.
+
+    A connection that did not answer in time is dropped: to cancel its statement would take as long again where the
+    database stands still. Raises the errors of `store.errors`; `LedgerUnavailableError` means an unknown result.
+    """
+    with mapped():
+        async with asyncio.timeout(COMMAND_TIMEOUT_S):
+            if not isinstance(source, asyncpg.Pool):
+                yield source
+                return
+            connection = await source.acquire()
+            try:
+                yield connection
+            except (TimeoutError, asyncio.CancelledError):
+                connection.terminate()
+                raise
+            finally:
+                await source.release(connection)
 
 
 async def connect(dsn: str, *, application_name: str = "behest") -> Connection:

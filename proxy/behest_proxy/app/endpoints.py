@@ -16,6 +16,7 @@ from behest_ledger.configuration.status import shown_amount
 from behest_ledger.money import usd_from_pico
 from behest_ledger.store import reports
 from behest_ledger.store.errors import LedgerError
+from behest_ledger.store.pool import asking
 from behest_ledger.store.reports import UsageTotal
 from behest_proxy.app.callers import caller_of, project_of
 from behest_proxy.app.context import context_of
@@ -89,7 +90,7 @@ class Endpoints:
             "tier": tier.name if tier is not None else "",
         }
         try:
-            async with gateway.pool.acquire() as connection:
+            async with asking(gateway.pool) as connection:
                 states = await reports.budgets_of(connection, caller.tenant_id, attributes)
         except LedgerError:
             raise LedgerUnavailable("the ledger cannot be reached", retry_after_s=1) from None
@@ -105,7 +106,7 @@ class Endpoints:
         if begin > end:
             raise InvalidRequest("from: must not be after to", param="from")
         try:
-            async with gateway.pool.acquire() as connection:
+            async with asking(gateway.pool) as connection:
                 totals = await reports.usage_by_model_and_session(
                     connection,
                     tenant_id=caller.tenant_id,

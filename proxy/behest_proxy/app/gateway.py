@@ -19,11 +19,11 @@ from behest_ledger.store import holds, identity
 from behest_ledger.store.admissions import AdmissionDesk
 from behest_ledger.store.configuration import load_configuration
 from behest_ledger.store.credit import CreditDesk
-from behest_ledger.store.errors import LedgerError, mapped
+from behest_ledger.store.errors import LedgerError, LedgerUnavailableError
 from behest_ledger.store.holders import Checkpoint
 from behest_ledger.store.holds import Settled
 from behest_ledger.store.migrate import check_schema
-from behest_ledger.store.pool import Connection, open_pool
+from behest_ledger.store.pool import Connection, asking, open_pool
 from behest_ledger.store.prices import load_current_book, next_change
 from behest_ledger.store.writer import SettlementWriter
 from behest_proxy.app.conduct import Conduct
@@ -55,7 +55,11 @@ class Gateway:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.holder = Holder(
-            name=settings.name, on_lost=self.lose_all, checkpoints=self._checkpoints, on_busy=self._checkpoint_again
+            name=settings.name,
+            on_lost=self.lose_all,
+            checkpoints=self._checkpoints,
+            on_busy=self._checkpoint_again,
+            ttl_s=settings.holder_ttl_s,
         )
         self.signing_keys = SigningKeys(settings.signing_key_file.read_bytes())
         self.upstream = UpstreamClient()
@@ -142,7 +146,7 @@ class Gateway:
         """Why no requests should come; None: all is well."""
         if self.draining:
             return "draining"
-        if time.monotonic() - self._ledger_heard_s > LEDGER_SILENCE_S:
+        if self._ledger_is_silent:
             return "the ledger cannot be reached"
         if self.book is None and not self.configuration.upstreams:
             return "nothing is configured: see `behest apply`"
@@ -151,8 +155,14 @@ class Gateway:
     # --- requests ----------------------------------------------------------------------------------------------
 
     async def admit(self, admission: Admission) -> Answer:
-        """See `store.holds.admit`."""
-        return await self.admissions.admit(admission)
+        """See `store.holds.admit`. Nobody waits for a ledger that is known to be away."""
+        if self._ledger_is_silent:
+            raise LedgerUnavailableError("the ledger was not heard of for some time")
+        try:
+            async with asyncio.timeout(LEDGER_SILENCE_S):
+                return await self.admissions.admit(admission)
+        except TimeoutError:
+            raise LedgerUnavailableError("the ledger gave no answer in time") from None
 
     def conduct(self, conduct: Conduct) -> None:
         """Run a request to its end, whatever becomes of the task that brought it."""
@@ -198,14 +208,25 @@ class Gateway:
 
     # --- the ledger --------------------------------------------------------------------------------------------
 
+    @property
+    def _ledger_is_silent(self) -> bool:
+        return time.monotonic() - self._ledger_heard_s > LEDGER_SILENCE_S
+
+    def _heard(self) -> None:
+        self._ledger_heard_s = time.monotonic()
+
     async def _admit(self, admissions: Sequence[Admission]) -> dict[UUID, Answer]:
-        return await holds.admit_batch(self.pool, admissions)
+        answers = await holds.admit_batch(self.pool, admissions)
+        self._heard()
+        return answers
 
     async def _extend(self, extensions: Sequence[Extension]) -> dict[UUID, Answer]:
         return await holds.extend(self.pool, extensions, shares=METERED_SHARES)
 
     async def _settle(self, settlements: Sequence[Settlement]) -> list[Settled]:
-        return await holds.settle(self.pool, settlements)
+        settled = await holds.settle(self.pool, settlements)
+        self._heard()
+        return settled
 
     def _on_settled(self, settled: Settled) -> None:
         self.memory.acknowledged(settled.request_id)
@@ -224,20 +245,19 @@ class Gateway:
         while True:
             await asyncio.sleep(POLL_S)
             try:
-                with mapped():
-                    async with asyncio.timeout(LEDGER_SILENCE_S):
-                        version = await self.pool.fetchval("SELECT version FROM ledger.configuration_version")
-                        self._ledger_heard_s = time.monotonic()
-                        now = datetime.now(UTC)
-                        if version != self.configuration.version or (self._prices_change or now) < now:
-                            await self._load()
+                async with asking(self.pool) as connection:
+                    version = await connection.fetchval("SELECT version FROM ledger.configuration_version")
+                self._heard()
+                now = datetime.now(UTC)
+                if version != self.configuration.version or (self._prices_change or now) < now:
+                    await self._load()
             except LedgerError as error:
                 logger.warning("the configuration cannot be read, the last one serves: %s", error)
             except Exception:
                 logger.exception("the configuration cannot be read, the last one serves")
 
     async def _load(self) -> None:
-        async with self.pool.acquire() as connection:
+        async with asking(self.pool) as connection:
             configuration = await load_configuration(connection, None)
             now = datetime.now(UTC)
             self.book = await load_current_book(connection, now, known=self.book)
@@ -249,7 +269,7 @@ class Gateway:
         self.configuration = configuration
         self.verifier.use_keys(KeySet.from_records(keys))
         self.api_keys.clear()
-        self._ledger_heard_s = time.monotonic()
+        self._heard()
         for conduct in list(self.live):
             self._stop_suspended(conduct, suspended)
         self.desk.limits_changed()

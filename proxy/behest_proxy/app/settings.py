@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+HOLDER_TTL_MIN_S = 3.0
+
 
 class SettingsError(ValueError):
     """A setting is missing or malformed; the message names it and says what it must be."""
@@ -41,6 +43,9 @@ class Settings:
     """A client that reads nothing for so long is cut."""
     drain_s: float = 2.0
     """After SIGTERM live streams may go on for so long; then they end with `draining`."""
+    holder_ttl_s: float = 120.0
+    """After so long without a word to the ledger this process counts as dead: streams outlive a shorter outage, and
+    what it held waits for its journal after a longer one. At least 3."""
     name: str = "behest"
     """How this process calls itself in the ledger."""
 
@@ -62,6 +67,8 @@ def from_environment(environment: Mapping[str, str] | None = None) -> Settings:
             raise SettingsError(f"BEHEST_{required.upper()} is not set: {_MEANING[required]}")
     if ("tls_cert_file" in given) != ("tls_key_file" in given):
         raise SettingsError("BEHEST_TLS_CERT_FILE and BEHEST_TLS_KEY_FILE belong together: set both or none")
+    if given.get("holder_ttl_s", HOLDER_TTL_MIN_S) < HOLDER_TTL_MIN_S:
+        raise SettingsError(f"BEHEST_HOLDER_TTL_S must be at least {HOLDER_TTL_MIN_S:g}: it is renewed each second")
     return Settings(**given)
 
 
