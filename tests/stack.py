@@ -96,7 +96,7 @@ class Project:
         def rows() -> list[dict[str, Any]] | None:
             found = self.stack.query(
                 "SELECT request_id::text, user_id, session_id, model, outcome, source, input_tokens, output_tokens,"
-                " amount_pico::text, facts::text FROM ledger.request WHERE project_id = $1 ORDER BY ended_at",
+                " amount_pico::text, facts::text FROM ledger.request_now WHERE project_id = $1 ORDER BY ended_at",
                 self.project_id,
             )
             return found if len(found) >= number else None

@@ -19,7 +19,7 @@ BEGIN
     FOR v_table IN
         SELECT c.oid::regclass::text FROM pg_catalog.pg_class c
         WHERE c.relnamespace = 'ledger'::regnamespace AND c.relkind IN ('r', 'p') AND NOT c.relispartition
-          AND c.relname NOT IN ('schema_migration', 'configuration_version', 'sidecar_right')
+          AND c.relname NOT IN ('schema_migration', 'configuration_version', 'sidecar_right', 'seal_progress')
     LOOP
         EXECUTE 'DELETE FROM ' || v_table;
     END LOOP;

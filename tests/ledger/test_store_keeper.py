@@ -13,10 +13,21 @@ from behest_ledger.store import holders, holds, keeper
 from behest_ledger.store.errors import LedgerRefusedError, LedgerUnavailableError, SchemaError
 from behest_ledger.store.keeper import Keeper, KeeperReport
 from behest_ledger.store.pool import connect
+from behest_ledger.store.seals import Sealed, Sealer
 from ledger.books import Books, admission, granted, keep_books, settlement
 from ledger.sidecars import Sidecar, charge, checkpoint, reap, state
 
 IDLE = KeeperReport(working=True)
+
+
+@pytest.fixture(autouse=True)
+def without_seals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seals have tests of their own, in test_store_seals.py."""
+
+    async def nothing(_sealer: Sealer, _connection: Any, **_how: Any) -> Sealed:
+        return Sealed(0, 0, more=False)
+
+    monkeypatch.setattr(Sealer, "seal", nothing)
 
 
 async def budgets(books: Books) -> None:
@@ -46,7 +57,7 @@ async def balances(books: Books) -> dict[str, tuple[int, int, int]]:
 async def told(books: Books, one: UUID) -> tuple[str, str, int, int, int]:
     """(outcome, source, input, output, pico-USD) of a request."""
     row = await books.connection.fetchrow(
-        "SELECT outcome, source, input_tokens, output_tokens, amount_pico::bigint FROM ledger.request"
+        "SELECT outcome, source, input_tokens, output_tokens, amount_pico::bigint FROM ledger.request_now"
         " WHERE request_id = $1",
         one,
     )
@@ -203,8 +214,10 @@ def test_a_journal_that_comes_after_the_policy_corrects_the_charge_to_its_own_nu
             [(0, "input", 5, 3), (0, "output", 2, 10), (1, "input", -5, 3), (1, "output", -2, 10), (2, "input", 4, 3)]
             + ([(2, "output", output, 10)] if output else [])
         )
-        facts = await books.connection.fetchval("SELECT facts FROM ledger.request")
-        assert msgspec.json.decode(facts)["corrected"] == {"policy": "checkpoint", "amount_pico": "35"}
+        facts = await books.connection.fetchval("SELECT facts FROM ledger.request_now")
+        assert msgspec.json.decode(facts)["corrected"] == {
+            "id": "late settlement", "policy": "checkpoint", "amount_pico": "35",
+        }  # fmt: skip
 
     keep_books(dsn, work)
 

@@ -32,7 +32,7 @@ SELECT (SELECT count(*) FROM ledger.hold WHERE state IN ('open', 'suspense'))
 """
 _ROWS = """
 SELECT request_id::text, session_id, outcome, source, output_tokens, amount_pico::text
-FROM ledger.request WHERE tenant_id = $1
+FROM ledger.request_now WHERE tenant_id = $1
 """
 _BUDGETS = f"""
 apiVersion: behest.ai/v1alpha1

@@ -1,10 +1,15 @@
 """The keeper: one loop that ends what nobody else will end.
 
 It fences holders that are dead and moves their holds to suspense, charges what stayed there beyond the period of grace,
-tells of budgets that reached a threshold, makes the partitions of the months to come, and forgets holders of long ago.
-Many keepers may run, one works: the one that has an advisory lock of its own session. The lock saves work and is no
-condition of being right: each step is one function of the database that is whole, bounded, and may be called by anybody
-at any time.
+seals what was written, tells of budgets that reached a threshold, makes the partitions of the months to come, and
+forgets holders of long ago. Many keepers may run, one works: the one that has an advisory lock of its own session. The
+lock saves work and is no condition of being right: each step is one function of the database that is whole, bounded, and
+may be called by anybody at any time.
+
+True-up, the way from what is believed to what is true, has three steps, and the keeper takes only the middle one. A
+journal that comes back settles its requests itself, out of suspense, and nothing has to be made good. What no journal
+settled within the grace is charged by policy: here. And what is known later still (a journal after the grace, a
+provider's invoice) is a correction of that charge: `store/corrections.py`.
 """
 
 import asyncio
@@ -22,6 +27,7 @@ from behest_ledger.money import usd_from_pico
 from behest_ledger.store.errors import LedgerConflictError, LedgerError, LedgerRefusedError, mapped
 from behest_ledger.store.migrate import PARTITIONS_AHEAD_MONTHS, check_schema
 from behest_ledger.store.pool import Connection, connect
+from behest_ledger.store.seals import Sealed, Sealer
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +42,8 @@ BATCHES_MAX = 20
 HOUSEKEEPING_S = 3600.0
 """Partitions and old holders are looked at this often."""
 HOLDERS_KEPT = timedelta(days=7)
+SEAL_INTERVAL_S = 60.0
+"""Each time, every tenant that wrote something gets a seal: seconds would make millions of them."""
 ROUND_TIMEOUT_S = 60.0
 RETRY_FIRST_S = 0.5
 RETRY_MAX_S = 15.0
@@ -58,6 +66,8 @@ class KeeperReport(msgspec.Struct, frozen=True, kw_only=True):
     """Thresholds of budgets that were reached."""
     partitions_made: int = 0
     holders_pruned: int = 0
+    seals: int = 0
+    sealed_rows: int = 0
     more: bool = False
     """There is more than one round may do."""
 
@@ -88,12 +98,21 @@ class Keeper:
     """
 
     def __init__(
-        self, dsn: str, *, interval_s: float = INTERVAL_S, grace_s: float = GRACE_S, policy: Policy = "checkpoint"
+        self,
+        dsn: str,
+        *,
+        interval_s: float = INTERVAL_S,
+        grace_s: float = GRACE_S,
+        policy: Policy = "checkpoint",
+        seal_interval_s: float = SEAL_INTERVAL_S,
     ) -> None:
         self._dsn = dsn
         self._interval_s = interval_s
         self._grace = timedelta(seconds=grace_s)
         self._policy: Policy = policy
+        self._seal_interval_s = seal_interval_s
+        self._sealer = Sealer()
+        self._seal_due_s = 0.0
         self._connection: Connection | None = None
         self._writable_since: datetime | None = None
         """Since when this session sees the database take writes; None while another keeper works. A restart or a
@@ -132,6 +151,7 @@ class Keeper:
             made, pruned = await self._keep_house(connection)
             charged, charged_pico, more_to_charge = await self._charge(connection)
             alerts, more_to_tell = await self._tell_alerts(connection)
+            sealed = await self._seal(connection)
         return KeeperReport(
             working=True,
             fenced=fenced,
@@ -141,7 +161,9 @@ class Keeper:
             alerts=alerts,
             partitions_made=made,
             holders_pruned=pruned,
-            more=more_to_reap or more_to_charge or more_to_tell,
+            seals=sealed.seals,
+            sealed_rows=sealed.rows,
+            more=more_to_reap or more_to_charge or more_to_tell or sealed.more,
         )
 
     async def aclose(self) -> None:
@@ -199,6 +221,7 @@ class Keeper:
             return False
         self._writable_since = since
         self._housekeeping_due_s = 0.0
+        self._seal_due_s = 0.0
         self._told_standby = False
         logger.info("keeping the ledger: every %.1f s", self._interval_s)
         return True
@@ -272,6 +295,19 @@ class Keeper:
                 usd_from_pico(amount_pico),
             )
         return requests, amount_pico, more
+
+    async def _seal(self, connection: Connection) -> Sealed:
+        loop = asyncio.get_running_loop()
+        if loop.time() < self._seal_due_s:
+            return Sealed(0, 0, more=False)
+        try:
+            sealed = await self._sealer.seal(connection, calls_max=BATCHES_MAX)
+        except (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError):
+            # Somebody else seals.
+            return Sealed(0, 0, more=False)
+        if not sealed.more:
+            self._seal_due_s = loop.time() + self._seal_interval_s
+        return sealed
 
     async def _keep_house(self, connection: Connection) -> tuple[int, int]:
         loop = asyncio.get_running_loop()

@@ -42,7 +42,7 @@ async def top(connection: Connection, *, since: datetime, limit: int = 20) -> li
             WITH ended AS (
                 SELECT project_id, user_id, session_id, model, count(*) AS requests, sum(input_tokens) AS input_tokens,
                        sum(output_tokens) AS output_tokens, sum(amount_pico) AS amount_pico, max(ended_at) AS last_at
-                FROM ledger.request WHERE ended_at >= $1 GROUP BY 1, 2, 3, 4
+                FROM ledger.request_now WHERE ended_at >= $1 GROUP BY 1, 2, 3, 4
             ), live AS (
                 SELECT coalesce(attributes ->> 'project', '') AS project_id,
                        coalesce(attributes ->> 'user', '') AS user_id,
@@ -94,7 +94,7 @@ async def usage_by_model_and_session(
             """
             SELECT model, session_id, byok, count(*) AS requests, sum(input_tokens)::bigint AS input_tokens,
                    sum(output_tokens)::bigint AS output_tokens, sum(amount_pico)::text AS amount_pico
-            FROM ledger.request
+            FROM ledger.request_now
             WHERE tenant_id = $1 AND project_id = $2 AND ended_at >= $3 AND ended_at < $4
               AND ($5::text IS NULL OR user_id = $5)
             GROUP BY 1, 2, 3""",

@@ -4,19 +4,17 @@ Balances are projections of postings; nothing here trusts them. Each check is on
 wrong: where, what was expected, what was found. All run in one snapshot, so live traffic does not disturb them.
 """
 
+from collections.abc import Sequence
+
 import msgspec
 
+from behest_ledger.store import seals
 from behest_ledger.store.errors import mapped
+from behest_ledger.store.findings import Finding, Progress, plain
 from behest_ledger.store.pool import Connection
+from behest_ledger.store.seals import Seal
 
-
-class Finding(msgspec.Struct, frozen=True):
-    """One place where the books do not agree."""
-
-    check: str
-    place: str
-    expected: str
-    found: str
+__all__ = ["CHECKS", "Finding", "Verdict", "verify"]
 
 
 class Verdict(msgspec.Struct, frozen=True):
@@ -28,6 +26,8 @@ class Verdict(msgspec.Struct, frozen=True):
     requests: int
     overrun_windows: int
     """Windows with charges beyond what they could pay: not an error of the books, but somebody should know."""
+    seals: list[Seal] = []
+    """The newest of each tenant. Noted elsewhere, it vouches for all that was sealed before."""
 
 
 CHECKS: dict[str, str] = {
@@ -36,7 +36,9 @@ CHECKS: dict[str, str] = {
             SELECT tenant_id, window_id, account, sum(amount) AS amount FROM (
                 SELECT tenant_id, window_id, credit AS account, amount FROM ledger.posting
                 UNION ALL
-                SELECT tenant_id, window_id, debit, -amount FROM ledger.posting) AS both_sides
+                SELECT tenant_id, window_id, debit, -amount FROM ledger.posting
+                UNION ALL
+                SELECT tenant_id, window_id, account, amount FROM ledger.opening_balance) AS both_sides
             GROUP BY tenant_id, window_id, account
         ), written AS (
             SELECT tenant_id, window_id, account, amount
@@ -98,7 +100,7 @@ CHECKS: dict[str, str] = {
             WHEN debit = 'funding' AND credit = 'available' OR debit = 'available' AND credit = 'funding' THEN seq = 0
             WHEN seq = 1000001 THEN (debit, credit) IN (('held', 'suspense'), ('suspense', 'available'))
             WHEN debit = 'held' AND credit = 'suspense' THEN false
-            WHEN seq = 1000002 THEN (debit, credit) IN (('available', 'spent'), ('spent', 'available'),
+            WHEN seq >= 1000002 THEN (debit, credit) IN (('available', 'spent'), ('spent', 'available'),
                 ('funding', 'overrun'), ('overrun', 'funding'))
             ELSE seq = 1000000 AND (debit, credit) IN (('held', 'spent'), ('held', 'available'), ('available', 'spent'),
                 ('funding', 'overrun'), ('suspense', 'spent'), ('suspense', 'available'))
@@ -140,15 +142,30 @@ CHECKS: dict[str, str] = {
         WHERE o.state NOT IN ('open', 'suspense') AND l.held <> coalesce(p.released, 0)""",
     "a request's charge is the sum of its lines": """
         SELECT format('request %s', r.request_id), coalesce(u.amount, 0), r.amount_pico
-        FROM ledger.request r LEFT JOIN (
+        FROM ledger.request_now r LEFT JOIN (
             SELECT tenant_id, month, request_id, sum(amount_pico) AS amount FROM ledger.usage_line
             GROUP BY 1, 2, 3) AS u USING (tenant_id, month, request_id)
-        WHERE coalesce(u.amount, 0) <> r.amount_pico""",
+        WHERE coalesce(u.amount, 0) <> r.amount_pico
+        UNION ALL
+        SELECT format('request %s before its corrections', r.request_id), coalesce(u.amount, 0), r.amount_pico
+        FROM ledger.request r CROSS JOIN LATERAL (
+            SELECT sum(x.amount_pico) AS amount FROM ledger.usage_line x
+            WHERE x.tenant_id = r.tenant_id AND x.month = r.month AND x.request_id = r.request_id AND x.entry = 0) AS u
+        WHERE EXISTS (SELECT FROM ledger.correction c WHERE c.tenant_id = r.tenant_id AND c.month = r.month
+                         AND c.request_id = r.request_id)
+          AND coalesce(u.amount, 0) <> r.amount_pico
+        UNION ALL
+        SELECT format('request %s, correction %s', c.request_id, c.number), coalesce(u.amount, 0), c.amount_pico
+        FROM ledger.correction c CROSS JOIN LATERAL (
+            SELECT sum(x.amount_pico) AS amount FROM ledger.usage_line x
+            WHERE x.tenant_id = c.tenant_id AND x.month = c.month AND x.request_id = c.request_id
+              AND x.entry = 2 * c.number) AS u
+        WHERE coalesce(u.amount, 0) <> c.amount_pico""",
     "a request's tokens are the sum of its lines": """
         SELECT format('request %s', r.request_id),
                coalesce(u.input_tokens, 0) || ' in, ' || coalesce(u.output_tokens, 0) || ' out',
                r.input_tokens || ' in, ' || r.output_tokens || ' out'
-        FROM ledger.request r LEFT JOIN (
+        FROM ledger.request_now r LEFT JOIN (
             SELECT tenant_id, month, request_id,
                    sum(quantity) FILTER (WHERE class IN ('input', 'cache_read', 'cache_write', 'audio_input'))
                        AS input_tokens,
@@ -174,13 +191,13 @@ CHECKS: dict[str, str] = {
         SELECT format('request %s', r.request_id), 'nothing',
                o.state || ', ' || r.amount_pico || ' pico-USD, ' || r.input_tokens + r.output_tokens || ' tokens, '
                    || (r.facts ->> 'requests') || ' requests'
-        FROM ledger.request r JOIN ledger.hold o USING (tenant_id, month, request_id)
+        FROM ledger.request_now r JOIN ledger.hold o USING (tenant_id, month, request_id)
         WHERE ((r.facts ->> 'requests')::numeric = 0 AND (r.amount_pico, r.input_tokens, r.output_tokens) <> (0, 0, 0))
            OR (o.state <> 'corrected' AND (o.state = 'void') <> ((r.facts ->> 'requests')::numeric = 0))""",
     "every window was charged what the request cost, once": """
         SELECT format('request %s, window %s', l.request_id, l.window_id), c.due, coalesce(p.charged, 0)
         FROM ledger.hold_line l
-        JOIN ledger.request r USING (tenant_id, month, request_id)
+        JOIN ledger.request_now r USING (tenant_id, month, request_id)
         JOIN ledger.budget_window w USING (tenant_id, window_id)
         CROSS JOIN LATERAL (SELECT CASE w.unit
             WHEN 'usd' THEN r.amount_pico
@@ -210,7 +227,7 @@ CHECKS: dict[str, str] = {
         WHERE (coalesce(p.moved, 0), coalesce(p.cleared, 0)) <> (
             CASE WHEN o.suspense_at IS NULL THEN 0 ELSE l.held END,
             CASE WHEN o.suspense_at IS NULL OR o.state = 'suspense' THEN 0 ELSE l.held END)
-           OR o.state IN ('suspense', 'charged_by_policy', 'corrected') AND o.suspense_at IS NULL
+           OR o.state IN ('suspense', 'charged_by_policy') AND o.suspense_at IS NULL
            OR o.state = 'open' AND o.suspense_at IS NOT NULL""",
     "a checkpoint is the sum of its lines": """
         SELECT format('request %s', o.request_id),
@@ -233,29 +250,43 @@ CHECKS: dict[str, str] = {
         FROM ledger.hold o
         JOIN ledger.request r USING (tenant_id, month, request_id)
         JOIN ledger.hold_line l USING (tenant_id, month, request_id)
+        CROSS JOIN LATERAL (
+            SELECT coalesce(r.facts ->> 'policy' IN ('checkpoint', 'hold'), false) AS told) AS policy
         LEFT JOIN (
             SELECT tenant_id, month, source_id, window_id, sum(amount) AS charged FROM ledger.posting
             WHERE seq = 1000000 AND credit IN ('spent', 'overrun') GROUP BY 1, 2, 3, 4) AS p
           ON p.tenant_id = l.tenant_id AND p.month = l.month AND p.source_id = l.request_id
          AND p.window_id = l.window_id
-        WHERE o.state IN ('charged_by_policy', 'corrected') AND coalesce(p.charged, 0) > l.held
-           OR (o.state = 'charged_by_policy') <> coalesce(r.facts ->> 'policy' IN ('checkpoint', 'hold'), false)
-           OR o.state = 'charged_by_policy' AND r.outcome <> 'crashed'""",
-    "a correction takes back what the policy charged, and nothing else is corrected": """
-        SELECT format('request %s', o.request_id), o.state || ', nothing is left of entry 0',
-               format('last entry %s, %s', u.last_entry, u.left_over)
-        FROM ledger.hold o
+        WHERE policy.told AND (coalesce(p.charged, 0) > l.held OR r.outcome <> 'crashed')
+           OR policy.told AND o.state NOT IN ('charged_by_policy', 'corrected')
+           OR o.state = 'charged_by_policy' AND NOT policy.told""",
+    "a correction takes back what was charged before, and nothing else is corrected": """
+        WITH touched AS (
+            SELECT tenant_id, month, request_id FROM ledger.correction
+            UNION SELECT tenant_id, month, request_id FROM ledger.usage_line WHERE entry > 0
+            UNION SELECT tenant_id, month, source_id FROM ledger.posting WHERE seq > 1000001
+            UNION SELECT tenant_id, month, request_id FROM ledger.hold WHERE state = 'corrected')
+        SELECT format('request %s', o.request_id),
+               format('corrected, %s corrections, and nothing left of the charges before', greatest(c.last, 1)),
+               format('%s, %s corrections, lines up to entry %s, movements up to %s, %s tokens left over', o.state,
+                      c.corrections, u.last_entry, p.last_seq, u.left_over)
+        FROM touched JOIN ledger.hold o USING (tenant_id, month, request_id)
         CROSS JOIN LATERAL (
-            SELECT coalesce(sum(c.tokens), 0) AS left_over, coalesce(max(c.last_entry), 0) AS last_entry
+            SELECT count(*) AS corrections, coalesce(max(x.number), 0) AS last FROM ledger.correction x
+            WHERE x.tenant_id = o.tenant_id AND x.month = o.month AND x.request_id = o.request_id) AS c
+        CROSS JOIN LATERAL (
+            SELECT coalesce(sum(abs(y.tokens)) FILTER (WHERE y.pair < c.last), 0) AS left_over,
+                   coalesce(max(y.last_entry), 0) AS last_entry
             FROM (
-                SELECT abs(sum(x.quantity) FILTER (WHERE x.entry <= 1)) AS tokens, max(x.entry) AS last_entry
+                SELECT x.entry / 2 AS pair, sum(x.quantity) AS tokens, max(x.entry) AS last_entry
                 FROM ledger.usage_line x
                 WHERE x.tenant_id = o.tenant_id AND x.month = o.month AND x.request_id = o.request_id
-                GROUP BY x.class, CASE WHEN x.entry <= 1 THEN x.rate_pico END) AS c) AS u
-        WHERE o.state = 'corrected' AND u.left_over <> 0
-           OR o.state <> 'corrected' AND (u.last_entry > 0 OR EXISTS (
-                SELECT FROM ledger.posting p WHERE p.tenant_id = o.tenant_id AND p.month = o.month
-                   AND p.source_id = o.request_id AND p.seq > 1000001))""",
+                GROUP BY x.entry / 2, x.class, x.rate_pico) AS y) AS u
+        CROSS JOIN LATERAL (
+            SELECT coalesce(max(x.seq), 0) AS last_seq FROM ledger.posting x
+            WHERE x.tenant_id = o.tenant_id AND x.month = o.month AND x.source_id = o.request_id) AS p
+        WHERE o.state <> 'corrected' OR c.last = 0 OR c.corrections <> c.last OR u.left_over <> 0
+           OR u.last_entry > 2 * c.last OR p.last_seq > 1000001 + c.last""",
     "every ended hold has its request, and every request its hold": """
         SELECT format('request %s', coalesce(o.request_id, r.request_id)),
                coalesce(o.state, 'a hold'), coalesce(r.outcome, 'no request')
@@ -278,22 +309,32 @@ CHECKS: dict[str, str] = {
         UNION ALL
         SELECT format('usage line of request %s', u.request_id), 'a request', 'none'
         FROM ledger.usage_line u LEFT JOIN ledger.request r USING (tenant_id, month, request_id)
+        WHERE r.request_id IS NULL
+        UNION ALL
+        SELECT format('correction %s of request %s', c.number, c.request_id), 'a request', 'none'
+        FROM ledger.correction c LEFT JOIN ledger.request r USING (tenant_id, month, request_id)
         WHERE r.request_id IS NULL""",
 }
 """Sentence -> query of (place, expected, found) that returns no row when the sentence is true."""
 
 
-async def verify(connection: Connection) -> Verdict:
-    """Run every check in one snapshot.
+async def verify(connection: Connection, *, noted: Sequence[Seal] = (), progress: Progress | None = None) -> Verdict:
+    """Run every check in one snapshot, and look for the seals that somebody noted.
 
     Raises `LedgerUnavailableError` and `SchemaError`.
     """
+    tell = progress or _nobody
+    checks = CHECKS | seals.CHECKS
     findings: list[Finding] = []
     with mapped():
         async with connection.transaction(isolation="repeatable_read", readonly=True):
-            for check, query in CHECKS.items():
+            for number, (check, query) in enumerate(checks.items()):
+                tell(check, number / len(checks))
                 for place, expected, found in await connection.fetch(query):
-                    findings.append(Finding(check, place, _plain(expected), _plain(found)))
+                    findings.append(Finding(check, place, plain(expected), plain(found)))
+            findings += await seals.check_rows(connection, tell)
+            findings += await seals.check_noted(connection, noted)
+            newest = await seals.newest(connection)
             row = await connection.fetchrow(
                 "SELECT (SELECT count(*) FROM ledger.budget_window) AS windows,"
                 " (SELECT count(*) FROM ledger.posting) AS postings, (SELECT count(*) FROM ledger.request) AS requests,"
@@ -305,8 +346,9 @@ async def verify(connection: Connection) -> Verdict:
         postings=row["postings"],
         requests=row["requests"],
         overrun_windows=row["overrun_windows"],
+        seals=newest,
     )
 
 
-def _plain(value: object) -> str:
-    return value if isinstance(value, str) else f"{value:f}" if hasattr(value, "is_finite") else str(value)
+def _nobody(_check: str, _done: float) -> None:
+    """Nobody wants to know how far it is."""

@@ -7,10 +7,15 @@ import logging
 import signal
 import sys
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from behest_proxy.cli.database import add_database_arguments, dsn_from, ledger_errors_shown
 from behest_proxy.cli.roles import add_role_parser, run_role
+from behest_proxy.cli.terminal import UserError
+
+if TYPE_CHECKING:
+    from behest_ledger.store.seals import Seal
 
 
 def add_parser(subparsers: Any) -> None:
@@ -23,7 +28,14 @@ def add_parser(subparsers: Any) -> None:
     verify = commands.add_parser(
         "verify",
         help="recompute every balance and name what differs",
-        description="Recompute the books. Exit status 0: clean; 1: something differs, and is named.",
+        description="Recompute the books and the seals over them."
+        " Exit status 0: clean; 1: something differs, and is named."
+        " The newest seal of each tenant is printed: kept elsewhere, it vouches for everything before it.",
+    )
+    verify.add_argument(
+        "--against",
+        metavar="FILE",
+        help="what `verify` printed some time ago: every seal in it must still be in its chain",
     )
     top = commands.add_parser("top", help="who spends what: sessions, users and models by cost")
     top.add_argument("--hours", type=float, default=24.0, help="how far to look back (default: %(default)s)")
@@ -113,22 +125,49 @@ async def _migrate(dsn: str, _arguments: argparse.Namespace) -> int:
     return 0
 
 
-async def _verify(dsn: str, _arguments: argparse.Namespace) -> int:
+async def _verify(dsn: str, arguments: argparse.Namespace) -> int:
     from behest_ledger.store.pool import connect
     from behest_ledger.store.verify import verify
 
+    noted = _noted(arguments.against) if arguments.against else []
+    # Told only where somebody looks on, and wiped away before anything else is written.
+    shown = sys.stderr.isatty()
+
+    def tell(check: str, done: float) -> None:
+        if shown:
+            sys.stderr.write(f"\r\x1b[K{done:4.0%} {check}"[:100])
+            sys.stderr.flush()
+
     connection = await connect(dsn)
     try:
-        verdict = await verify(connection)
+        verdict = await verify(connection, noted=noted, progress=tell)
     finally:
         await connection.close()
+        if shown:
+            sys.stderr.write("\r\x1b[K")
     for finding in verdict.findings:
         print(f"NOT TRUE: {finding.check}: {finding.place}: expected {finding.expected}, found {finding.found}")
     print(f"{verdict.windows} windows, {verdict.postings} postings, {verdict.requests} requests", end=": ")
     print(f"{len(verdict.findings)} findings" if verdict.findings else "clean")
     if verdict.overrun_windows:
         print(f"{verdict.overrun_windows} windows were overrun: providers billed more than they may; see `overrun`")
+    for seal in verdict.seals:
+        print(seal)
     return 1 if verdict.findings else 0
+
+
+def _noted(name: str) -> list["Seal"]:
+    from behest_ledger.store.seals import parse_noted
+
+    try:
+        noted = parse_noted(Path(name).read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{name} cannot be read ({error})", "name a file that `behest ledger verify` wrote") from None
+    if not noted:
+        raise UserError(
+            f"{name} has no line like `seal 17 <hash> <tenant>`", "name what `behest ledger verify` printed"
+        )
+    return noted
 
 
 async def _top(dsn: str, arguments: argparse.Namespace) -> int:

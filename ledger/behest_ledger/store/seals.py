@@ -1,0 +1,229 @@
+"""Seals: a chain of hashes over everything that was written, so that a changed row shows, whoever changed it.
+
+Each tenant has one chain. A seal closes a batch: all rows of a month (postings, usage lines, requests, corrections)
+whose transactions lie between two bounds, the upper one below every transaction that still ran. So a row that commits
+late gets into a later batch, and never behind a seal. A seal's hash is over what it says and the hash before it. What
+it says is the SHA-256 over a list of its sources (requests, acts of configuration), each with that over its rows.
+
+Who can change rows can also change seals. Therefore `behest ledger verify` prints the newest seal of each tenant: noted
+elsewhere, it vouches for everything before it.
+"""
+
+import re
+from collections.abc import Sequence
+
+import msgspec
+
+from behest_ledger.store.findings import Finding, Progress, plain
+from behest_ledger.store.pool import Connection
+
+ROWS_TARGET = 100_000
+"""Rows that one call should seal, so that it stays short. The span of transactions is adapted to that."""
+SPAN_FIRST = 1024
+SPAN_MAX = 2**30
+SLICE_ROWS = 200_000
+"""Rows that one query of a verification recomputes: they are sorted in memory."""
+
+CHAIN = "a seal's hash is over what it says and the seal before it"
+NUMBERS = "a tenant's seals are numbered without a gap, and follow each other"
+SOURCES = "a seal says of its sources what it sealed"
+ROWS = "every sealed row is as it was sealed, and none was added or lost"
+MARK = "seals reach as far as the mark says, and no row is from a transaction to come"
+OPENING = "what a month left behind is as it was sealed"
+NOTED = "a seal that was noted is still in its chain"
+
+
+class Seal(msgspec.Struct, frozen=True):
+    """One link of a tenant's chain, as it is noted elsewhere."""
+
+    tenant_id: str
+    number: int
+    hash: str
+
+    def __str__(self) -> str:
+        """The line that `parse_noted` reads."""
+        return f"seal {self.number} {self.hash} {self.tenant_id}"
+
+
+class Sealed(msgspec.Struct, frozen=True):
+    """What was sealed."""
+
+    seals: int
+    rows: int
+    more: bool
+    """There are rows left that could be sealed."""
+
+
+class Sealer:
+    """Seals in pieces of about `ROWS_TARGET` rows. It remembers how many transactions make such a piece."""
+
+    def __init__(self) -> None:
+        self._span = SPAN_FIRST
+
+    async def seal(self, connection: Connection, *, calls_max: int) -> Sealed:
+        """Seal what can be sealed, in at most so many commits."""
+        seals = 0
+        rows = 0
+        more = True
+        for _ in range(calls_max):
+            row = await connection.fetchrow("SELECT seals, sealed_rows, more FROM ledger.seal_v1($1)", self._span)
+            if row["sealed_rows"] > ROWS_TARGET:
+                self._span = max(self._span // 2, 1)
+            elif row["more"] and row["sealed_rows"] < ROWS_TARGET // 4:
+                self._span = min(self._span * 2, SPAN_MAX)
+            seals += row["seals"]
+            rows += row["sealed_rows"]
+            more = row["more"]
+            if not more:
+                break
+        return Sealed(seals, rows, more)
+
+
+_NOTED_LINE = re.compile(r"seal (\d{1,18}) ([0-9a-f]{64}) (.+)")
+
+
+def parse_noted(text: str) -> list[Seal]:
+    """The seals in what `behest ledger verify` printed some time ago; other lines are passed over."""
+    found = (_NOTED_LINE.fullmatch(line.strip()) for line in text.splitlines())
+    return [Seal(line[3], int(line[1]), line[2]) for line in found if line is not None]
+
+
+CHECKS: dict[str, str] = {
+    CHAIN: """
+        SELECT ledger.seal_name_v1(s), encode(ledger.seal_hash_v1(s), 'hex'), encode(s.hash, 'hex')
+        FROM ledger.seal s WHERE s.hash <> ledger.seal_hash_v1(s)
+        UNION ALL
+        SELECT ledger.seal_name_v1(s), 'the hash before it, ' || encode(coalesce(b.hash, ''), 'hex'),
+               encode(s.previous, 'hex')
+        FROM ledger.seal s LEFT JOIN ledger.seal b ON b.tenant_id = s.tenant_id AND b.number = s.number - 1
+        WHERE s.previous <> coalesce(b.hash, '')""",
+    NUMBERS: """
+        SELECT ledger.seal_name_v1(f.seal), f.expected || ', from ' || f.expected_from || ' on',
+               f.number || ', from ' || f.tx_from || ' to ' || f.tx_until
+        FROM (
+            SELECT s AS seal, s.number, s.tx_from, s.tx_until, s.kind,
+                   coalesce(lag(s.number) OVER chain, 0) + 1 AS expected,
+                   CASE WHEN lag(s.tx_from) OVER chain = s.tx_from THEN s.tx_from
+                        ELSE coalesce(lag(s.tx_until) OVER chain, 0) END AS expected_from
+            FROM ledger.seal s WINDOW chain AS (PARTITION BY s.tenant_id ORDER BY s.number)) AS f
+        WHERE f.number <> f.expected OR f.tx_from < f.expected_from OR f.tx_until < f.tx_from""",
+    SOURCES: """
+        SELECT ledger.seal_name_v1(s), encode(s.content, 'hex') || ' over ' || s.row_count || ' rows',
+               CASE WHEN q.number IS NULL THEN 'no list of sources' ELSE
+                   encode(ledger.seal_content_v1(q.sources, q.row_counts, q.digests), 'hex') || ' over '
+                       || (SELECT sum(c) FROM unnest(q.row_counts) AS c) || ' rows' END
+        FROM ledger.seal s LEFT JOIN ledger.seal_source q USING (tenant_id, month, number)
+        WHERE s.kind = 'rows' AND CASE
+            WHEN q.number IS NULL THEN NOT EXISTS (
+                SELECT FROM ledger.seal o WHERE o.tenant_id = s.tenant_id AND o.month = s.month
+                   AND o.kind = 'opening' AND o.number > s.number)
+            ELSE ledger.seal_content_v1(q.sources, q.row_counts, q.digests) <> s.content
+                OR (SELECT sum(c) FROM unnest(q.row_counts) AS c) <> s.row_count END""",
+    MARK: """
+        SELECT 'seal_progress', 'at least ' || coalesce(max(s.tx_until), 0), p.sealed_until::text
+        FROM ledger.seal_progress p LEFT JOIN ledger.seal s ON true
+        GROUP BY p.sealed_until HAVING p.sealed_until < max(s.tx_until)
+        UNION ALL
+        SELECT format('%s of source %s of %s', t.name, t.source_id, t.tenant_id), 'a transaction that began', t.tx::text
+        FROM (SELECT txid_snapshot_xmax(txid_current_snapshot()) + tx_added AS next FROM ledger.seal_progress) AS n
+        CROSS JOIN LATERAL (
+            SELECT 'posting' AS name, tenant_id, source_id, tx FROM ledger.posting WHERE tx >= n.next
+            UNION ALL SELECT 'usage line', tenant_id, request_id, tx FROM ledger.usage_line WHERE tx >= n.next
+            UNION ALL SELECT 'request', tenant_id, request_id, tx FROM ledger.request WHERE tx >= n.next
+            UNION ALL SELECT 'correction', tenant_id, request_id, tx FROM ledger.correction WHERE tx >= n.next) AS t""",
+    OPENING: """
+        SELECT format('%s of %s', to_char(coalesce(s.month, o.month), 'YYYY-MM'), coalesce(s.tenant_id, o.tenant_id)),
+               coalesce(encode(s.content, 'hex') || ' over ' || s.row_count || ' balances', 'nothing put away'),
+               coalesce(o.balances, 0) || ' balances'
+        FROM (SELECT * FROM ledger.seal WHERE kind = 'opening') AS s
+        FULL JOIN (SELECT tenant_id, month, count(*) AS balances FROM ledger.opening_balance GROUP BY 1, 2) AS o
+            USING (tenant_id, month)
+        WHERE s.content IS DISTINCT FROM ledger.opening_content_v1(o.tenant_id, o.month)
+           OR s.row_count IS DISTINCT FROM coalesce(o.balances, 0)""",
+}
+"""Sentence -> query of (place, expected, found) that returns no row when the sentence is true."""
+
+_ROUNDS = """
+SELECT tx_from, sum(row_count)::bigint AS row_count FROM ledger.seal WHERE kind = 'rows' GROUP BY 1 ORDER BY 1
+"""
+
+_DIFFERENT = """
+WITH said AS (
+    SELECT s.tenant_id, s.month, s.tx_from, x.source_id, x.row_count, x.digest
+    FROM ledger.seal s JOIN ledger.seal_source q USING (tenant_id, month, number)
+    CROSS JOIN LATERAL unnest(q.sources, q.row_counts, q.digests) AS x (source_id, row_count, digest)
+    WHERE s.kind = 'rows' AND s.tx_from = ANY (($1::bigint[])[:cardinality($1::bigint[]) - 1])
+), different AS (
+    SELECT tenant_id, month, tx_from, source_id, said.row_count AS said_rows, said.digest AS said,
+           found.row_count AS found_rows, found.digest AS found
+    FROM said FULL JOIN ledger.sealed_rows_v1($1::bigint[]) AS found USING (tenant_id, month, tx_from, source_id)
+    WHERE said.digest IS DISTINCT FROM found.digest
+)
+SELECT format('source %s of %s in %s, %s', d.source_id, d.tenant_id, to_char(d.month, 'YYYY-MM'),
+              coalesce('seal ' || s.number, 'under no seal')),
+       coalesce(format('%s rows, %s', d.said_rows, left(encode(d.said, 'hex'), 16)), 'no rows'),
+       coalesce(format('%s rows, %s', d.found_rows, left(encode(d.found, 'hex'), 16)), 'no rows')
+FROM different d
+LEFT JOIN ledger.seal s ON s.tenant_id = d.tenant_id AND s.month = d.month AND s.tx_from = d.tx_from AND s.kind = 'rows'
+ORDER BY 1
+"""
+
+
+async def check_rows(connection: Connection, progress: Progress) -> list[Finding]:
+    """Recompute every seal from its rows, slice by slice, in the caller's snapshot."""
+    sealed_until: int = await connection.fetchval("SELECT coalesce(max(sealed_until), 0) FROM ledger.seal_progress")
+    rounds = [(row["tx_from"], row["row_count"]) for row in await connection.fetch(_ROUNDS)]
+    findings: list[Finding] = []
+    done = 0
+    total = sum(rows for _, rows in rounds) or 1
+    for bounds, rows in slices(rounds, sealed_until):
+        progress(ROWS, done / total)
+        found = await connection.fetch(_DIFFERENT, bounds)
+        findings += [Finding(ROWS, *(plain(value) for value in row)) for row in found]
+        done += rows
+    return findings
+
+
+def slices(rounds: Sequence[tuple[int, int]], sealed_until: int) -> list[tuple[list[int], int]]:
+    """The bounds of each slice, with its rows: together all transactions from the first to the last sealed one.
+
+    `rounds` are the first transactions of the sealed batches, ascending, with their rows.
+    """
+    made: list[tuple[list[int], int]] = []
+    bounds = [0]
+    rows = 0
+    for tx_from, row_count in rounds:
+        if rows and rows + row_count > SLICE_ROWS and tx_from > bounds[-1]:
+            made.append(([*bounds, tx_from], rows))
+            bounds, rows = [tx_from], 0
+        elif tx_from > bounds[-1]:
+            bounds.append(tx_from)
+        rows += row_count
+    if sealed_until > bounds[-1]:
+        made.append(([*bounds, sealed_until], rows))
+    return made
+
+
+async def newest(connection: Connection) -> list[Seal]:
+    """The last seal of each tenant, by tenant."""
+    rows = await connection.fetch(
+        "SELECT DISTINCT ON (tenant_id) tenant_id, number, encode(hash, 'hex') AS hash FROM ledger.seal"
+        " ORDER BY tenant_id, number DESC"
+    )
+    return [Seal(row["tenant_id"], row["number"], row["hash"]) for row in rows]
+
+
+async def check_noted(connection: Connection, noted: Sequence[Seal]) -> list[Finding]:
+    """Name the noted seals that are not in the books any more, or are others."""
+    rows = await connection.fetch(
+        "SELECT tenant_id, number, encode(hash, 'hex') AS hash FROM ledger.seal"
+        " JOIN unnest($1::text[], $2::bigint[]) AS n (tenant_id, number) USING (tenant_id, number)",
+        [seal.tenant_id for seal in noted],
+        [seal.number for seal in noted],
+    )
+    there = {(row["tenant_id"], row["number"]): row["hash"] for row in rows}
+    return [
+        Finding(NOTED, f"seal {seal.number} of {seal.tenant_id}", seal.hash, found or "no seal")
+        for seal in noted
+        if (found := there.get((seal.tenant_id, seal.number))) != seal.hash
+    ]
