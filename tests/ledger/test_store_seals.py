@@ -290,7 +290,7 @@ def test_a_noted_seal_is_found_again_and_another_past_is_not(dsn: str) -> None:
         ]
         connection = await connect(dsn)
         told: list[tuple[str, float]] = []
-        verdict = await verify(connection, noted=[other], progress=lambda *step: told.append(step))
+        verdict = await verify(connection, noted=[other], progress=lambda check, done: told.append((check, done)))
         await connection.close()
         assert verdict.findings == found[:1]
         assert verdict.seals == await newest(books.connection)
@@ -373,23 +373,20 @@ def test_after_a_restore_from_a_dump_transactions_count_on(database: str) -> Non
     keep_books(database, work)
 
 
-@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 400_000)), max_size=12), st.integers(0, 5))
-def test_slices_cover_every_transaction_once_in_order(steps: list[tuple[int, int]], beyond: int) -> None:
-    rounds: list[tuple[int, int]] = []
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 400_000)), max_size=12), st.booleans())
+def test_slices_cover_every_transaction_once_in_order(steps: list[tuple[int, int]], from_zero: bool) -> None:
+    edges = [(0, 5)] if from_zero else []
     at = 0
     for step, count in steps:
-        at += step + (1 if rounds else 0)
-        rounds.append((at, count))
-    made = slices(rounds, at + 1 + beyond if rounds else beyond)
-    edges = [bound for bounds, _ in made for bound in bounds]
-    assert edges == sorted(edges)
+        at += step
+        edges.append((at, count))
+    if edges:
+        edges[-1] = (edges[-1][0], 0)  # nothing is sealed beyond the last edge
+    made = slices(edges)
     for (left, _), (right, _) in pairwise(made):
         assert left[-1] == right[0]
     for bounds, _ in made:
         assert bounds == sorted(set(bounds))
         assert len(bounds) >= 2
-    assert sum(count for _, count in made) == sum(count for _, count in rounds)
-    starts = {bound for bounds, _ in made for bound in bounds[:-1]}
-    assert {tx_from for tx_from, _ in rounds} <= starts
-    if made:
-        assert made[0][0][0] == 0
+    assert sum(count for _, count in made) == sum(count for _, count in edges)
+    assert {bound for bounds, _ in made for bound in bounds} == ({0, *(edge for edge, _ in edges)} if at else set())

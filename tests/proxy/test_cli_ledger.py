@@ -13,6 +13,7 @@ import pytest
 from behest_ledger.store.pool import connect
 from behest_proxy.cli.main import main
 from ledger.books import Books, keep_books, settlement
+from ledger.sealing import seal_all
 from ledger.sidecars import Sidecar, state
 from stack import wait_until
 
@@ -74,6 +75,50 @@ def test_keep_ends_what_a_dead_sidecar_left_and_stops_when_told(database: str, t
     assert lines[1].endswith("is dead: fenced")
     assert "1 requests of dead holders went to suspense" in lines[2]
     assert "charged by policy hold: 0.00000000002 USD" in lines[3]
+
+
+def test_verify_prints_the_newest_seals_and_compares_what_was_printed_before(
+    database: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    async def work(books: Books) -> None:
+        for tenant in ("acme", "other tenant"):
+            one, _ = await books.admit(tenant=tenant)
+            await books.settle(settlement(one, output=1, tenant=tenant))
+        await seal_all(books)
+
+    async def forge() -> None:
+        connection = await connect(database)
+        async with connection.transaction():
+            await connection.execute("SET LOCAL session_replication_role = replica")
+            await connection.execute("DELETE FROM ledger.seal WHERE tenant_id = 'acme'")
+            await connection.execute("UPDATE ledger.usage_line SET source = 'local'")
+        await connection.close()
+
+    keep_books(database, work)
+    assert ledger("verify", "--database-url", database) == 0
+    first = capsys.readouterr()
+    lines = first.out.splitlines()
+    assert first.err == ""
+    assert [(line.split()[:2], line[7 + 65 :]) for line in lines[1:]] == [
+        (["seal", "1"], "acme"), (["seal", "1"], "other tenant"),
+    ]  # fmt: skip
+    noted = tmp_path / "noted.txt"
+    noted.write_text(first.out)
+    keep_books(database, work)
+    assert ledger("verify", "--against", str(noted), "--database-url", database) == 0
+    capsys.readouterr()
+    asyncio.run(forge())
+    keep_books(database, work, clean=False)
+    assert ledger("verify", "--against", str(noted), "--database-url", database) == 1
+    shown = capsys.readouterr().out
+    assert (
+        f"a seal that was noted is still in its chain: seal 1 of acme: expected {lines[1].split()[2]}, found" in shown
+    )
+    assert "seal 1 of other tenant: " not in shown.partition("noted is still")[2]
+    noted.write_text("nothing\n")
+    for name in (noted, tmp_path / "none"):
+        assert ledger("verify", "--against", str(name), "--database-url", database) == 2
+        assert str(name) in capsys.readouterr().err
 
 
 def test_keep_waits_for_a_database_that_is_away(tmp_path: Path) -> None:

@@ -3,8 +3,8 @@
 It fences holders that are dead and moves their holds to suspense, charges what stayed there beyond the period of grace,
 seals what was written, tells of budgets that reached a threshold, makes the partitions of the months to come, and
 forgets holders of long ago. Many keepers may run, one works: the one that has an advisory lock of its own session. The
-lock saves work and is no condition of being right: each step is one function of the database that is whole, bounded, and
-may be called by anybody at any time.
+lock saves work and is no condition of being right: each step is one function of the database that is whole, bounded,
+and may be called at any time.
 
 True-up, the way from what is believed to what is true, has three steps, and the keeper takes only the middle one. A
 journal that comes back settles its requests itself, out of suspense, and nothing has to be made good. What no journal

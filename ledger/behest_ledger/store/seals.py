@@ -120,9 +120,9 @@ CHECKS: dict[str, str] = {
             ELSE ledger.seal_content_v1(q.sources, q.row_counts, q.digests) <> s.content
                 OR (SELECT sum(c) FROM unnest(q.row_counts) AS c) <> s.row_count END""",
     MARK: """
-        SELECT 'seal_progress', 'at least ' || coalesce(max(s.tx_until), 0), p.sealed_until::text
-        FROM ledger.seal_progress p LEFT JOIN ledger.seal s ON true
-        GROUP BY p.sealed_until HAVING p.sealed_until < max(s.tx_until)
+        SELECT 'seal_progress', 'at least ' || s.last, coalesce(p.sealed_until::text, 'nothing')
+        FROM (SELECT max(tx_until) AS last FROM ledger.seal) AS s LEFT JOIN ledger.seal_progress p ON true
+        WHERE coalesce(p.sealed_until, 0) < s.last
         UNION ALL
         SELECT format('%s of source %s of %s', t.name, t.source_id, t.tenant_id), 'a transaction that began', t.tx::text
         FROM (SELECT txid_snapshot_xmax(txid_current_snapshot()) + tx_added AS next FROM ledger.seal_progress) AS n
@@ -143,8 +143,12 @@ CHECKS: dict[str, str] = {
 }
 """Sentence -> query of (place, expected, found) that returns no row when the sentence is true."""
 
-_ROUNDS = """
-SELECT tx_from, sum(row_count)::bigint AS row_count FROM ledger.seal WHERE kind = 'rows' GROUP BY 1 ORDER BY 1
+_EDGES = """
+SELECT edge, sum(row_count)::bigint AS row_count FROM (
+    SELECT tx_from AS edge, row_count FROM ledger.seal WHERE kind = 'rows'
+    UNION ALL SELECT tx_until, 0 FROM ledger.seal WHERE kind = 'rows'
+    UNION ALL SELECT sealed_until, 0 FROM ledger.seal_progress) AS e
+GROUP BY 1 ORDER BY 1
 """
 
 _DIFFERENT = """
@@ -161,8 +165,8 @@ WITH said AS (
 )
 SELECT format('source %s of %s in %s, %s', d.source_id, d.tenant_id, to_char(d.month, 'YYYY-MM'),
               coalesce('seal ' || s.number, 'under no seal')),
-       coalesce(format('%s rows, %s', d.said_rows, left(encode(d.said, 'hex'), 16)), 'no rows'),
-       coalesce(format('%s rows, %s', d.found_rows, left(encode(d.found, 'hex'), 16)), 'no rows')
+       coalesce(d.said_rows || ' rows, ' || left(encode(d.said, 'hex'), 16), 'no rows'),
+       coalesce(d.found_rows || ' rows, ' || left(encode(d.found, 'hex'), 16), 'no rows')
 FROM different d
 LEFT JOIN ledger.seal s ON s.tenant_id = d.tenant_id AND s.month = d.month AND s.tx_from = d.tx_from AND s.kind = 'rows'
 ORDER BY 1
@@ -171,12 +175,11 @@ ORDER BY 1
 
 async def check_rows(connection: Connection, progress: Progress) -> list[Finding]:
     """Recompute every seal from its rows, slice by slice, in the caller's snapshot."""
-    sealed_until: int = await connection.fetchval("SELECT coalesce(max(sealed_until), 0) FROM ledger.seal_progress")
-    rounds = [(row["tx_from"], row["row_count"]) for row in await connection.fetch(_ROUNDS)]
+    edges = [(row["edge"], row["row_count"]) for row in await connection.fetch(_EDGES)]
     findings: list[Finding] = []
     done = 0
-    total = sum(rows for _, rows in rounds) or 1
-    for bounds, rows in slices(rounds, sealed_until):
+    total = sum(rows for _, rows in edges) or 1
+    for bounds, rows in slices(edges):
         progress(ROWS, done / total)
         found = await connection.fetch(_DIFFERENT, bounds)
         findings += [Finding(ROWS, *(plain(value) for value in row)) for row in found]
@@ -184,23 +187,23 @@ async def check_rows(connection: Connection, progress: Progress) -> list[Finding
     return findings
 
 
-def slices(rounds: Sequence[tuple[int, int]], sealed_until: int) -> list[tuple[list[int], int]]:
-    """The bounds of each slice, with its rows: together all transactions from the first to the last sealed one.
+def slices(edges: Sequence[tuple[int, int]]) -> list[tuple[list[int], int]]:
+    """The bounds of each slice, with its rows: together all transactions from 0 to the last edge.
 
-    `rounds` are the first transactions of the sealed batches, ascending, with their rows.
+    `edges` are the bounds of the sealed batches, ascending, each with the rows that are sealed from there on.
     """
     made: list[tuple[list[int], int]] = []
     bounds = [0]
     rows = 0
-    for tx_from, row_count in rounds:
-        if rows and rows + row_count > SLICE_ROWS and tx_from > bounds[-1]:
-            made.append(([*bounds, tx_from], rows))
-            bounds, rows = [tx_from], 0
-        elif tx_from > bounds[-1]:
-            bounds.append(tx_from)
+    for edge, row_count in edges:
+        if edge > bounds[-1]:
+            bounds.append(edge)
+            if rows >= SLICE_ROWS:
+                made.append((bounds, rows))
+                bounds, rows = [edge], 0
         rows += row_count
-    if sealed_until > bounds[-1]:
-        made.append(([*bounds, sealed_until], rows))
+    if len(bounds) > 1:
+        made.append((bounds, rows))
     return made
 
 
