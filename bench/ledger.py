@@ -8,7 +8,7 @@ from uuid import UUID
 
 from bench.books import Sidecar, Spread, budgets, database, settings_line, settlement
 
-from behest_ledger.holds import Granted
+from behest_ledger.holds import Granted, Settlement
 from behest_ledger.store import holds
 from behest_ledger.store.pool import Connection, connect
 from behest_ledger.store.writer import BATCH_ITEMS_MAX, SettlementWriter
@@ -123,7 +123,7 @@ async def _settle(dsn: str, writers: int) -> str:
             for first in range(0, SETTLED, BATCH_ITEMS_MAX)
         ]
 
-        async def write(number: int, *, mine: list[list[holds.Settlement]] = batches) -> None:
+        async def write(number: int, *, mine: list[list[Settlement]] = batches) -> None:
             for batch in mine[number::writers]:
                 answers = await holds.settle(writing[number], batch)
                 assert all(answer.result == "settled" for answer in answers)

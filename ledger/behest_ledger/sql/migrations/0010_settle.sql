@@ -211,3 +211,21 @@ BEGIN
     FROM jsonb_to_recordset(p_items) AS i (tenant_id text, request_id uuid);
 END
 $$;
+
+-- The other functions of a request's way look things up by whole keys too, and are planned the same way. Without it an
+-- extension locked its windows by going through every hold of every window of the tenant.
+DO $$
+DECLARE
+    v_function regprocedure;
+BEGIN
+    FOR v_function IN
+        SELECT p.oid::regprocedure FROM pg_catalog.pg_proc p
+        WHERE p.pronamespace = 'ledger'::regnamespace
+          AND p.proname IN ('admit_v1', 'admit_batch_v1', 'extend_batch_v1', 'checkpoint_batch_v1')
+    LOOP
+        EXECUTE format('ALTER FUNCTION %s SET plan_cache_mode = force_generic_plan SET enable_seqscan = off'
+                       ' SET enable_hashjoin = off SET enable_mergejoin = off SET join_collapse_limit = 1'
+                       ' SET random_page_cost = 0.1 SET jit = off', v_function);
+    END LOOP;
+END
+$$;
