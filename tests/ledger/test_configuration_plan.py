@@ -236,8 +236,29 @@ def test_a_reference_to_what_does_not_exist_is_a_warning() -> None:
         "Budget demo/sessions: spec.scope.project: there is no Project demo/shp",
         "Budget demo/sessions: spec.scope.tier: there is no Tier demo/silver",
     )
-    assert planned([sessions(scope={"project": "sh*"})]).warnings == ()
+    assert planned([sessions(scope={"project": "sh*"}), shop()]).warnings == ()
     assert planned([sessions()], after(planned([shop()]))).warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("scope", "binds"),
+    [
+        ({"project": "s*"}, True),
+        ({"project": "x*"}, False),
+        ({"project": "demo/s*"}, True),
+        ({"user": "ann"}, True),
+        ({"tenant": "acme"}, True),
+        ({"tenant": "acme", "namespace": "dem?"}, True),
+        ({"tenant": "acme", "namespace": "web*"}, False),
+        ({"tenant": "acme", "namespace": "web*", "project": "sh*"}, False),
+        ({"tenant": "acme", "project": "*/sh*"}, True),
+    ],
+)
+def test_a_budget_that_matches_no_project_is_accepted_with_a_hint(scope: dict[str, str], binds: bool) -> None:
+    hint = ("Budget demo/sessions: spec.scope: matches no project",)
+    assert planned([sessions(scope=scope), shop()]).warnings == (() if binds else hint)
+    assert planned([sessions(scope=scope)], after(planned([shop()]))).warnings == (() if binds else hint)
+    assert planned([sessions(scope=scope)]).warnings == hint
 
 
 def test_a_tier_is_budgets() -> None:

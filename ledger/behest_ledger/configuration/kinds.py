@@ -291,6 +291,8 @@ class _Manifest(msgspec.Struct, frozen=True, kw_only=True):
     metadata: Metadata
     document: int | None = msgspec.field(default=None)
     """The number of its document in the text that it was read from, from 1; None: it came as an object."""
+    source: str = ""
+    """The file it was read from, where that is known."""
 
     @property
     def namespace(self) -> str:

@@ -115,23 +115,23 @@ def from_object(
         spec = _convert(value["spec"], _SPECS[kind], root="spec")
     except _PartError as error:
         raise refusal([*problems, error.problem]) from None
-    manifest = _manifest(metadata, spec, document)
+    manifest = _manifest(metadata, spec, document, source)
     problems += problems_of(manifest)
     if problems:
         raise refusal(problems)
     return manifest
 
 
-def _manifest(metadata: Metadata, spec: msgspec.Struct, document: int | None) -> Manifest:
+def _manifest(metadata: Metadata, spec: msgspec.Struct, document: int | None, source: str) -> Manifest:
     match spec:
         case ProjectSpec():
-            return Project(metadata=metadata, spec=spec, document=document)
+            return Project(metadata=metadata, spec=spec, document=document, source=source)
         case UpstreamSpec():
-            return Upstream(metadata=metadata, spec=spec, document=document)
+            return Upstream(metadata=metadata, spec=spec, document=document, source=source)
         case TierSpec():
-            return Tier(metadata=metadata, spec=spec, document=document)
+            return Tier(metadata=metadata, spec=spec, document=document, source=source)
         case BudgetSpec():
-            return Budget(metadata=metadata, spec=spec, document=document)
+            return Budget(metadata=metadata, spec=spec, document=document, source=source)
         case _:
             raise AssertionError(type(spec))
 

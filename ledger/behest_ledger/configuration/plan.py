@@ -9,9 +9,9 @@ from typing import Any, Literal, TypeAlias, assert_never
 
 import msgspec
 
-from behest_ledger.configuration.globs import is_pattern
+from behest_ledger.configuration.globs import is_pattern, matches
 from behest_ledger.configuration.kinds import Budget, Manifest, Project, Tier, Upstream, wire_spec
-from behest_ledger.configuration.problems import InvalidManifestsError, ManifestError, shown
+from behest_ledger.configuration.problems import InvalidManifestsError, ManifestError, place, shown
 from behest_ledger.configuration.records import (
     BudgetRecord,
     budget_record,
@@ -165,17 +165,18 @@ class _Planner:
     def __init__(self, current: ConfigurationState, tenant_of_namespace: TenantOfNamespace) -> None:
         self._current = current
         self._tenants = tenant_of_namespace
-        self._seen: set[tuple[str, str]] = set()
+        self._seen: dict[tuple[str, str], Manifest] = {}
         self.changes: list[Change] = []
         self.outcomes: list[Outcome] = []
         self.errors: list[ManifestError] = []
 
     def add(self, manifest: Manifest) -> None:
         key = (manifest.kind, manifest.qualified_name)
-        if key in self._seen:
-            self._refuse(manifest, "", "is there twice")
+        first = self._seen.setdefault(key, manifest)
+        if first is not manifest:
+            where = place(first.source, first.document)
+            self._refuse(manifest, "", f"is there twice, first in {where}" if where else "is there twice")
             return
-        self._seen.add(key)
         tenant_id = self._tenant_of(manifest.namespace)
         stored_tenant = self._current.tenant_of_namespace(manifest.namespace)
         if stored_tenant is not None and stored_tenant != tenant_id:
@@ -279,7 +280,9 @@ class _Planner:
 
     def _refuse(self, manifest: Manifest, path: str, reason: str) -> None:
         subject = f"{manifest.kind} {manifest.qualified_name}"
-        self.errors.append(ManifestError(reason, path=path, subject=subject, document=manifest.document))
+        self.errors.append(
+            ManifestError(reason, path=path, subject=subject, document=manifest.document, source=manifest.source)
+        )
 
 
 def _spec_action(stored: StoredSpec | None, tenant_id: str, spec: dict[str, Any]) -> Action:
@@ -311,7 +314,7 @@ def _tenant(change: Change) -> str:
 
 
 def _warnings(current: ConfigurationState, manifests: list[Manifest]) -> list[str]:
-    """References to what does not exist: no error, since it may be applied later."""
+    """References to what does not exist, and budgets that bind nobody: no errors, since it may be applied later."""
     projects = {manifest.qualified_name for manifest in manifests if isinstance(manifest, Project)}
     tiers = {manifest.qualified_name for manifest in manifests if isinstance(manifest, Tier)}
     projects |= current.projects.keys()
@@ -333,8 +336,22 @@ def _warnings(current: ConfigurationState, manifests: list[Manifest]) -> list[st
                 ]
             case _:
                 continue
-        for path, kind, name, known in references:
-            target = name if "/" in name else f"{manifest.namespace}/{name}"
-            if target not in known:
-                found.append(f"{manifest.kind} {manifest.qualified_name}: {path}: there is no {kind} {target}")
+        missing = [
+            f"{path}: there is no {kind} {target}"
+            for path, kind, name, known in references
+            if (target := name if "/" in name else f"{manifest.namespace}/{name}") not in known
+        ]
+        if isinstance(manifest, Budget) and not missing and not _binds_a_project(manifest, projects):
+            missing.append("spec.scope: matches no project")
+        found += [f"{manifest.kind} {manifest.qualified_name}: {reason}" for reason in missing]
     return found
+
+
+def _binds_a_project(budget: Budget, projects: Iterable[str]) -> bool:
+    """Whether any of these projects is in the budget's scope, as far as namespaces and names go."""
+    scope = budget.spec.scope
+    namespace = scope.namespace or ("*" if scope.tenant is not None else budget.namespace)
+    name = scope.project or "*"
+    if "/" not in name:
+        name = f"{scope.namespace or budget.namespace}/{name}" if scope.project else f"{namespace}/*"
+    return any(matches(name, project) and matches(namespace, project.split("/")[0]) for project in projects)

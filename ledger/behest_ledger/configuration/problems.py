@@ -33,7 +33,7 @@ class ManifestError(ValueError):
 
     def __str__(self) -> str:
         told = ": ".join(part for part in (self.subject, self.path, self.reason) if part)
-        where = ", ".join(part for part in (self.source, f"document {self.document}" if self.document else "") if part)
+        where = place(self.source, self.document)
         return f"{told} ({where})" if where else told
 
 
@@ -43,6 +43,11 @@ class InvalidManifestsError(ValueError):
     def __init__(self, errors: Iterable[ManifestError]) -> None:
         self.errors = tuple(errors)
         super().__init__("\n".join(str(error) for error in self.errors))
+
+
+def place(source: str, document: int | None) -> str:
+    """Where something was read, as far as it is known: `budgets.yaml, document 2`."""
+    return ", ".join(part for part in (source, f"document {document}" if document else "") if part)
 
 
 def shown(value: object) -> str:

@@ -91,7 +91,7 @@ def _read(files: list[str], namespace: str) -> list[Manifest]:
     errors: list[ManifestError] = []
     for name in files:
         try:
-            manifests += parse(_text(name), namespace, source=name if len(files) > 1 else "")
+            manifests += parse(_text(name), namespace, source="standard input" if name == "-" else name)
         except InvalidManifestsError as error:
             errors += error.errors
     if errors:
