@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -463,3 +466,16 @@ def test_an_alias_within_bounds_is_fine() -> None:
     shop = parse(text)[0]
     assert isinstance(shop, Project)
     assert shop.spec.allowed_models == ["gpt-4o-mini"]
+
+
+def test_zones_are_known_where_the_machine_has_no_list_of_them() -> None:
+    """Slim images have no /usr/share/zoneinfo."""
+    asked = "from behest_ledger.configuration.rules import is_zone; print(is_zone('Europe/Berlin'), is_zone('Mars/X'))"
+    done = subprocess.run(
+        [sys.executable, "-c", asked],
+        env={**os.environ, "PYTHONTZPATH": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["True", "False"]

@@ -476,3 +476,18 @@ def test_slots_full_of_rubbish_cost_only_themselves(tmp_path: Path) -> None:
     with Journal.open(tmp_path) as journal:
         assert journal.damage.slots == 2
         assert [one.progress for one in journal.unfinished()] == [Progress(), None]
+
+
+def test_what_the_books_refuse_frees_its_slot_and_is_found_again(tmp_path: Path) -> None:
+    journal = Journal.open(tmp_path / "journal", slots_max=1)
+    refused, later = an_id(1), an_id(2)
+    assert isinstance(journal.slot(refused), Slot)
+    journal.append(admitted(refused))
+    journal.append(ended(refused))
+    journal.put_aside(refused)
+    assert isinstance(journal.slot(later), Slot)
+    journal.put_aside(an_id(3))  # nobody knows it: nothing happens
+    journal.close()
+    with Journal.open(tmp_path / "journal", slots_max=1) as again:
+        assert [one.request_id for one in again.unfinished()] == [refused]
+        assert again.unfinished()[0].settlement == ended(refused).settlement

@@ -84,6 +84,11 @@ class Answers:
 
         self.ledger.desk.ask(account, need_tokens=need, want_tokens=want, may_wait=may_wait, answer=on_answer)
 
+    def ask_again(self, account: Account, on_answer: Callable[[Account, Answer | LedgerError], None]) -> None:
+        self.ledger.desk.ask(
+            account, need_tokens=1, want_tokens=1, may_wait=True, answer=lambda answer: on_answer(account, answer)
+        )
+
     def of(self, account: Account) -> Answer | LedgerError:
         (answer,) = [answer for who, answer in self.came if who is account]
         return answer
@@ -192,6 +197,61 @@ def test_who_has_stood_in_line_long_enough_is_refused() -> None:
         ledger.settle(ended)
         await asyncio.sleep(1)
         assert len(answers.came) == 1
+
+    play(scenario)
+
+
+def test_a_thousand_in_a_line_that_moves_are_all_served_however_long_it_takes() -> None:
+    async def scenario() -> None:
+        ledger = Ledger({1: 0})
+        answers = Answers(ledger)
+        loop = asyncio.get_running_loop()
+        streams = [ledger.open(1) for _ in range(1000)]
+        ledger.left[1] = 0
+        for account in streams:
+            ledger.held[account.request_id] = 8  # what each has left in reserve
+
+        def on_answer(account: Account, answer: Answer | LedgerError) -> None:
+            answers.came.append((account, answer))
+            if isinstance(answer, Granted):
+                answers.ask_again(account, on_answer)
+            else:
+                ledger.desk.ended(account)
+                loop.call_later(0.02, ledger.settle, account)
+
+        for account in streams:
+            answers.ask_again(account, on_answer)
+        async with asyncio.timeout(600):
+            while len(ledger.held):
+                await asyncio.sleep(1)
+        assert loop.time() > 4 * LINE_WAIT_S, "too fast to prove anything"
+        # Each was told no once, and all but the first got what others gave back before.
+        refused = [account for account, answer in answers.came if isinstance(answer, Refused)]
+        assert len(refused) == len(streams)
+        granted = {account.request_id for account, answer in answers.came if isinstance(answer, Granted)}
+        assert len(granted) >= len(streams) - BATCH_ITEMS_MAX
+        assert not ledger.desk._moved_s  # pyright: ignore[reportPrivateUsage]
+
+    play(scenario)
+
+
+def test_a_line_whose_money_does_not_come_back_is_told_no() -> None:
+    async def scenario() -> None:
+        ledger = Ledger({1: 10})
+        answers = Answers(ledger)
+        ended, *waiting = ledger.open(1, held=10), ledger.open(1), ledger.open(1)
+        ledger.desk.ended(ended)
+        for account in waiting:
+            answers.ask(account)
+        await asyncio.sleep(0.1)
+        ledger.desk.never_settled(ended.request_id)
+        await asyncio.sleep(0.1)
+        # The first learns it at once; the next one as soon as the first has ended.
+        assert answers.verdicts == ["Refused"]
+        ledger.desk.ended(waiting[0])
+        ledger.settle(waiting[0])
+        await asyncio.sleep(0.1)
+        assert answers.verdicts == ["Refused"] * 2
 
     play(scenario)
 

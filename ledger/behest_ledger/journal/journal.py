@@ -195,6 +195,15 @@ class Journal:
             return NoSlot(0)
         return self._table.take(request_id)
 
+    def put_aside(self, request_id: UUID) -> None:
+        """The books refuse the settlement of a request that has ended: its slot is free, and its records stay.
+
+        They are what the next life finds unfinished, and sends again.
+        """
+        slot = None if self._table is None else self._table.taken(request_id)
+        if slot is not None:
+            slot.free()
+
     # --- what was left -----------------------------------------------------------------------------------------
 
     def unfinished(self) -> list[Unfinished]:

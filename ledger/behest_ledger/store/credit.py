@@ -19,7 +19,8 @@ logger = logging.getLogger(__name__)
 
 BATCH_ITEMS_MAX = 200
 LINE_WAIT_S = 5.0
-"""How long a refused stream may stand in line before its refusal counts."""
+"""How long a refused stream stands in a line that does not move before its refusal counts. A line moves when a hold
+that ended has given back what it had: thousands may stand in it and be served one after the other."""
 PATIENCE_S = 5.0
 """How long a stream that stands still waits for a ledger that gives no answer."""
 RETRY_S = 0.1
@@ -98,6 +99,8 @@ class CreditDesk:
         self._lines: dict[int, deque[_Ask]] = {}
         self._releasing: dict[int, int] = {}
         """Per window: local holds that have ended and are not settled yet. Their rest is about to be free."""
+        self._moved_s: dict[int, float] = {}
+        """Per window with a line: when somebody last gave money back to it."""
         self._task: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -127,6 +130,19 @@ class CreditDesk:
         account = self._accounts.pop(request_id, None)
         if account is None or not account.ended:
             return
+        now_s = asyncio.get_running_loop().time()
+        for window in account.windows:
+            if window in self._lines:
+                self._moved_s[window] = now_s
+        self._released(account)
+
+    def never_settled(self, request_id: UUID) -> None:
+        """The settlement was put aside: what its hold still has does not come back. Nobody waits for it any more."""
+        account = self._accounts.pop(request_id, None)
+        if account is not None and account.ended:
+            self._released(account)
+
+    def _released(self, account: Account) -> None:
         for window in account.windows:
             left = self._releasing[window] - 1
             if left:
@@ -268,6 +284,12 @@ class CreditDesk:
         return True
 
     def _waited_enough(self, ask: _Ask) -> None:
+        if ask.refusal is not None:
+            loop = asyncio.get_running_loop()
+            due_s = self._moved_s.get(ask.refusal.window_id, -LINE_WAIT_S) + LINE_WAIT_S
+            if due_s > loop.time():
+                ask.timer = loop.call_at(due_s, self._waited_enough, ask)
+                return
         ask.may_wait = False
         if ask.refusal is None:
             return
@@ -287,3 +309,5 @@ class CreditDesk:
                 break
         if not line:
             self._lines.pop(window, None)
+        if window not in self._releasing and window not in self._lines:
+            self._moved_s.pop(window, None)

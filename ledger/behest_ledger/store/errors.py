@@ -45,6 +45,7 @@ _NOW_UNAVAILABLE = (
     "57",  # operator intervention: shutdown, cancelled statement
     "58",  # the system below PostgreSQL
     "25006",  # read only: a standby
+    "55000",  # the database takes no connections
     "55P03",  # lock timeout
 )
 

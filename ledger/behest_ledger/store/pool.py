@@ -42,7 +42,9 @@ async def open_pool(
     with mapped(), _pooler_found():
         pool = await asyncpg.create_pool(
             dsn,
-            min_size=1,
+            # None is kept open for its own sake: asyncpg would try to open it again while the database is away, and
+            # log each attempt with its traceback.
+            min_size=0,
             max_size=size,
             timeout=CONNECT_TIMEOUT_S,
             command_timeout=COMMAND_TIMEOUT_S,

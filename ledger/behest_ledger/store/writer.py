@@ -10,9 +10,12 @@ import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 
+import msgspec
+
 from behest_ledger.holds import Settlement
 from behest_ledger.store.errors import LedgerError, LedgerRefusedError
 from behest_ledger.store.holds import Settled
+from behest_ledger.store.outage import Outage
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +24,7 @@ BATCH_INTERVAL_S = 0.005
 """Batches start at least this far apart: under load they grow instead of multiplying."""
 RETRY_FIRST_S = 0.05
 RETRY_MAX_S = 2.0
+QUARANTINED_MAX = 1000
 
 SettleCall = Callable[[Sequence[Settlement]], Awaitable[list[Settled]]]
 
@@ -28,16 +32,25 @@ SettleCall = Callable[[Sequence[Settlement]], Awaitable[list[Settled]]]
 class SettlementWriter:
     """The queue of settlements and the one task that empties it."""
 
-    def __init__(self, settle: SettleCall, *, on_settled: Callable[[Settled], None]) -> None:
+    def __init__(
+        self,
+        settle: SettleCall,
+        *,
+        on_settled: Callable[[Settled], None],
+        on_put_aside: Callable[[Settlement], None] | None = None,
+    ) -> None:
+        """`on_put_aside` is told of a settlement that the database refused for itself: nothing more comes of it."""
         self._settle = settle
         self._on_settled = on_settled
+        self._on_put_aside = on_put_aside
         self._queue: deque[Settlement] = deque()
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
         self._task: asyncio.Task[None] | None = None
-        self.quarantined: list[Settlement] = []
-        """What the database refused for itself. Somebody has to look; `verify` names the holds that stay open."""
+        self._outage = Outage(logger, "settlements wait")
+        self.quarantined: deque[Settlement] = deque(maxlen=QUARANTINED_MAX)
+        """What the database refused for itself, the last of it. Somebody has to look: see `_put_aside`."""
 
     @property
     def backlog(self) -> int:
@@ -90,21 +103,41 @@ class SettlementWriter:
                     self._put_aside(error)
             except Exception as error:
                 # Whatever it was: nothing is forgotten, and only a refusal is about a settlement itself.
-                known = isinstance(error, LedgerError)
-                logger.warning("settling %d requests failed, trying again: %s", len(batch), error, exc_info=not known)
+                if isinstance(error, LedgerError):
+                    self._outage.failed(error)
+                else:
+                    logger.exception("settling %d requests failed, trying again", len(batch))
                 await asyncio.sleep(retry_s)
                 retry_s = min(retry_s * 2, RETRY_MAX_S)
                 continue
             else:
+                self._outage.over()
                 items_max = min(items_max * 2, BATCH_ITEMS_MAX)
                 self._acknowledge(batch, results)
             retry_s = RETRY_FIRST_S
             await asyncio.sleep(max(0.0, started_s + BATCH_INTERVAL_S - loop.time()))
 
     def _put_aside(self, error: LedgerRefusedError) -> None:
+        """Its hold stays open in the books on purpose: voiding it would give away what was spent.
+
+        The journal keeps the settlement, and this process's next life sends it again; where the fault is still there
+        then, the hold goes to suspense and is charged by policy after its grace period.
+        """
         refused = self._queue.popleft()
         self.quarantined.append(refused)
-        logger.critical("settlement of request %s was refused and put aside: %s", refused.request_id, error)
+        logger.critical(
+            "settlement of request %s was refused and put aside: %s; its hold stays open; mend what the database says"
+            " and restart this process, which sends it again from its journal: %s",
+            refused.request_id,
+            error,
+            msgspec.json.encode(refused).decode(),
+        )
+        if self._on_put_aside is None:
+            return
+        try:
+            self._on_put_aside(refused)
+        except Exception:
+            logger.exception("nobody could be told that request %s was put aside", refused.request_id)
 
     def _acknowledge(self, batch: Sequence[Settlement], results: Sequence[Settled]) -> None:
         charged = {item.request_id for item in batch if item.state == "settled"}

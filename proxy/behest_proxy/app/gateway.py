@@ -23,6 +23,7 @@ from behest_ledger.store.errors import LedgerError, LedgerUnavailableError
 from behest_ledger.store.holders import Checkpoint
 from behest_ledger.store.holds import Settled
 from behest_ledger.store.migrate import check_schema
+from behest_ledger.store.outage import Outage
 from behest_ledger.store.pool import Connection, asking, open_pool
 from behest_ledger.store.prices import load_current_book, next_change
 from behest_ledger.store.writer import SettlementWriter
@@ -76,7 +77,7 @@ class Gateway:
         self._prices_change: datetime | None = None
         """When the next price book begins to hold: no version number tells that."""
         self.desk = CreditDesk(self._extend)
-        self.writer = SettlementWriter(self._settle, on_settled=self._on_settled)
+        self.writer = SettlementWriter(self._settle, on_settled=self._on_settled, on_put_aside=self._on_put_aside)
         self.live: set[Conduct] = set()
         self.memory = Memory(settings.journal_dir)
         self.draining = False
@@ -89,9 +90,19 @@ class Gateway:
     # --- life --------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Open everything. Raises `LedgerError` where the ledger cannot be used, with what to do about it."""
-        await self._open()
-        await self.holder.register(self.pool)
+        """Open everything, or nothing.
+
+        Raises `LedgerError` where the ledger cannot be used, with what to do about it.
+        """
+        try:
+            await self._open()
+            await self.holder.register(self.pool)
+            self._begin()
+        except BaseException:
+            await self.aclose()
+            raise
+
+    def _begin(self) -> None:
         self.writer.start()
         left = self.memory.left()
         for settlement in left:
@@ -133,7 +144,7 @@ class Gateway:
             logger.error("%d settlements could not be written before the end", self.writer.backlog)
         await self.writer.aclose()
         await self.desk.aclose()
-        if self.pool is not None:
+        if self.pool is not None and self.holder.deadline_s:
             await self.holder.unregister(self.pool)
         await self.upstream.aclose()
         await self.api_keys.aclose()
@@ -232,6 +243,10 @@ class Gateway:
         self.memory.acknowledged(settled.request_id)
         self.desk.settled(settled.request_id)
 
+    def _on_put_aside(self, refused: Settlement) -> None:
+        self.memory.put_aside(refused.request_id)
+        self.desk.never_settled(refused.request_id)
+
     async def _find_api_key(self, sha256: bytes) -> identity.ApiKeyRecord | None:
         try:
             return await identity.find_api_key(self.pool, sha256)
@@ -242,6 +257,7 @@ class Gateway:
     # --- configuration -----------------------------------------------------------------------------------------
 
     async def _poll(self) -> None:
+        outage = Outage(logger, "the configuration cannot be read, the last one serves")
         while True:
             await asyncio.sleep(POLL_S)
             try:
@@ -251,8 +267,9 @@ class Gateway:
                 now = datetime.now(UTC)
                 if version != self.configuration.version or (self._prices_change or now) < now:
                     await self._load()
+                outage.over()
             except LedgerError as error:
-                logger.warning("the configuration cannot be read, the last one serves: %s", error)
+                outage.failed(error)
             except Exception:
                 logger.exception("the configuration cannot be read, the last one serves")
 

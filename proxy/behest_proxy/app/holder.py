@@ -14,6 +14,7 @@ from uuid import UUID, uuid4
 from behest_ledger.store import holders
 from behest_ledger.store.errors import LedgerError
 from behest_ledger.store.holders import TTL_S, Checkpoint
+from behest_ledger.store.outage import Outage
 from behest_ledger.store.pool import Connection
 
 logger = logging.getLogger(__name__)
@@ -69,13 +70,15 @@ class Holder:
 
     async def run(self, pool: Connection) -> None:
         """Renew each second, and write how far streams have come."""
+        outage = Outage(logger, "this process cannot renew itself in the ledger")
         while True:
             await asyncio.sleep(RENEW_S)
             try:
                 await self._renew(pool)
                 await self._write(pool, list(self._checkpoints()))
+                outage.over()
             except LedgerError as error:
-                logger.warning("renewing the holder: %s", error)
+                outage.failed(error)
             if not self.lives:
                 self._on_lost()
 

@@ -93,6 +93,11 @@ class Memory:
             except JournalError as error:
                 logger.warning("a settlement will be sent once more: %s", error)
 
+    def put_aside(self, request_id: UUID) -> None:
+        """The books refuse the settlement: it stays written down, for the next life of this process."""
+        if self._journal is not None:
+            self._journal.put_aside(request_id)
+
     def left(self) -> list[Settlement]:
         """The settlements of requests that an earlier life of this process left unfinished."""
         if self._journal is None:
