@@ -13,7 +13,8 @@ from uuid import UUID, uuid4
 from behest_ledger.charging import Outcome
 from behest_ledger.holds import Admission, Settlement, UsageLine
 from behest_ledger.request_id import request_id
-from behest_ledger.store import holders
+from behest_ledger.store import holders, holds
+from behest_ledger.store.admissions import AdmissionDesk
 from behest_ledger.store.configuration import apply_text
 from behest_ledger.store.migrate import migrate
 from behest_ledger.store.pool import Connection, connect, open_pool
@@ -109,11 +110,12 @@ class Spread:
 
 
 class Sidecar:
-    """What a sidecar has of the ledger: a pool of two connections, and a holder that is registered."""
+    """What a sidecar has of the ledger: a pool of two connections, a desk, and a holder that is registered."""
 
     def __init__(self, pool: Connection) -> None:
         self.pool = pool
         self.holder_id = uuid4()
+        self.desk = AdmissionDesk(lambda asked: holds.admit_batch(self.pool, asked))
 
     @classmethod
     async def start(cls, dsn: str) -> "Sidecar":
@@ -124,6 +126,7 @@ class Sidecar:
 
     async def aclose(self) -> None:
         """Disconnect."""
+        await self.desk.aclose()
         await self.pool.close()
 
     def admission(self) -> Admission:

@@ -39,9 +39,11 @@ async def measure(dsn: str, say: Callable[[str], None]) -> AsyncGenerator[str]:
     hot = await database(dsn, "hot")
     await budgets(hot, sessions=False)
     for sidecars in (1, 4):
-        say(f"ledger: holds on one window, {sidecars} asking")
-        held = await _hot(hot, sidecars)
-        yield f"ledger-hot-{sidecars}: {held:.0f} holds/s on one window, {sidecars} x {HOT_ASKERS} asking at once"
+        for batched in (False, True):
+            how = "in batches" if batched else "one by one"
+            say(f"ledger: holds on one window, {sidecars} asking {how}")
+            held = await _hot(hot, sidecars, batched=batched)
+            yield f"ledger-hot-{sidecars}: {held:,.0f} holds/s on one window, {sidecars} x {HOT_ASKERS} asking, {how}"
 
 
 def _verdict(met: bool, target: str) -> str:
@@ -58,7 +60,7 @@ async def _admit_idle(dsn: str) -> Spread:
     times_s: list[float] = []
     for number in range(ADMISSIONS + 20):
         started_s = time.perf_counter()
-        answer = await holds.admit(sidecar.pool, sidecar.admission())
+        answer = await sidecar.desk.admit(sidecar.admission())
         if number >= 20:  # the first ones make the windows, and the plans
             times_s.append(time.perf_counter() - started_s)
         assert isinstance(answer, Granted), answer
@@ -78,7 +80,7 @@ async def _admit_load(dsn: str) -> Spread:
         due_s = begin_s + number / LOAD_PER_S
         await asyncio.sleep(due_s - time.perf_counter())
         asked = sidecar.admission()
-        assert isinstance(await holds.admit(sidecar.pool, asked), Granted)
+        assert isinstance(await sidecar.desk.admit(asked), Granted)
         times_s.append(time.perf_counter() - due_s)
         await asyncio.sleep(0.05)
         writer.submit(settlement(asked.request_id))
@@ -90,7 +92,7 @@ async def _admit_load(dsn: str) -> Spread:
     return Spread(times_s)
 
 
-async def _hot(dsn: str, sidecars: int) -> float:
+async def _hot(dsn: str, sidecars: int, *, batched: bool) -> float:
     """Holds a second, asked for without a pause."""
     asking = [await Sidecar.start(dsn) for _ in range(sidecars)]
     held = 0
@@ -99,7 +101,9 @@ async def _hot(dsn: str, sidecars: int) -> float:
     async def ask(sidecar: Sidecar) -> None:
         nonlocal held
         while time.perf_counter() < end_s:
-            assert isinstance(await holds.admit(sidecar.pool, sidecar.admission()), Granted)
+            asked = sidecar.admission()
+            answer = await (sidecar.desk.admit(asked) if batched else holds.admit(sidecar.pool, asked))
+            assert isinstance(answer, Granted), answer
             held += 1
 
     started_s = time.perf_counter()
@@ -153,16 +157,10 @@ async def _rows(connection: Connection) -> int:
 
 
 async def _admit_many(dsn: str, number: int) -> list[UUID]:
-    """Open holds to settle. They are made in a hurry: nobody measures them."""
+    """Open holds to settle. Nobody measures them."""
     sidecar = await Sidecar.start(dsn)
     asked = [sidecar.admission() for _ in range(number)]
-
-    async def admit(part: int) -> None:
-        async with sidecar.pool.acquire() as connection:
-            await connection.execute("SET synchronous_commit = off")
-            for admission in asked[part::2]:
-                assert isinstance(await holds.admit(connection, admission), Granted)
-
-    await asyncio.gather(admit(0), admit(1))
+    answers = await asyncio.gather(*(sidecar.desk.admit(admission) for admission in asked))
+    assert all(isinstance(answer, Granted) for answer in answers)
     await sidecar.aclose()
     return [admission.request_id for admission in asked]
