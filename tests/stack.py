@@ -197,9 +197,14 @@ class Stack:
         upstream: str = "",
         project: str = "",
         more: str = "",
+        namespace: str | None = None,
+        served: bool = True,
     ) -> Project:
-        """A new project with a budget per session; further lines of YAML go into its specs."""
-        namespace = f"t{next(_numbers)}"
+        """A new project with a budget per session; further lines of YAML go into its specs.
+
+        Its tenant is its namespace. Not served: this sidecar's database role may not act for that.
+        """
+        namespace = namespace or f"t{next(_numbers)}"
         self.run(
             apply_text(
                 self.dsn,
@@ -243,6 +248,8 @@ spec:
                 name="test",
             )
         )
+        if not served:
+            return made
         token = made.mint()
 
         def is_known() -> bool:

@@ -1,8 +1,9 @@
 """Logins of sidecars, for tests: made for the server's time, gone when the block ends."""
 
+import asyncio
 import os
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Generator
+from contextlib import asynccontextmanager, contextmanager
 from itertools import count
 from typing import Any
 
@@ -28,6 +29,18 @@ async def tenant_role(dsn: str, *tenants: str) -> AsyncGenerator[str]:
             await drop_role(owner, name)
     finally:
         await owner.close()
+
+
+@contextmanager
+def login(dsn: str, *tenants: str) -> Generator[str]:
+    """The same, for tests without a loop of their own."""
+    with asyncio.Runner() as runner:
+        role = tenant_role(dsn, *tenants)
+        made = runner.run(role.__aenter__())
+        try:
+            yield made
+        finally:
+            runner.run(role.__aexit__(None, None, None))
 
 
 @asynccontextmanager

@@ -23,6 +23,7 @@ Pooler = Literal["none", "transaction", "session"]
 POOL_SIZE = 2
 """Connections per sidecar. The documented ceiling of a cluster is sidecars x 2."""
 CONNECT_TIMEOUT_S = 5
+_STATEMENTS_KEPT = 100
 COMMAND_TIMEOUT_S = 5.0
 """A statement that takes longer is given up: its result is unknown, and money fails closed."""
 
@@ -51,7 +52,7 @@ async def open_pool(
             max_inactive_connection_lifetime=300.0,
             reset=_nothing_to_reset,
             server_settings=_settings(application_name, pooler),
-            **({"statement_cache_size": 0} if pooler == "transaction" else {}),
+            statement_cache_size=0 if pooler == "transaction" else _STATEMENTS_KEPT,
         )
         if pooler == "none":
             try:

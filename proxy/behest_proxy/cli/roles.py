@@ -80,7 +80,7 @@ async def _create(dsn: str, arguments: argparse.Namespace, terminal: Terminal) -
     if arguments.password_stdin:
         password = sys.stdin.readline().rstrip("\r\n")
     elif not arguments.existing:
-        file = arguments.password_file or Path(f"{name}.password")
+        file = Path(arguments.password_file or f"{name}.password")
         password = secrets.token_hex(24)
         if file.exists():
             raise UserError(f"{file} exists already", "name another with --password-file")
