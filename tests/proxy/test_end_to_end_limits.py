@@ -276,3 +276,107 @@ spec: {{number: 1, concurrency: 2}}
 
     play(scenario)
     assert stack.verify().findings == []
+
+
+TIER = """
+apiVersion: behest.ai/v1alpha1
+kind: Tier
+metadata: {{name: free, namespace: {namespace}}}
+spec: {{number: 1, {rates}}}
+"""
+BUDGET = """
+apiVersion: behest.ai/v1alpha1
+kind: Budget
+metadata: {{name: it, namespace: {namespace}}}
+spec: {{scope: {{project: app}}, per: [user], limit: {limit}, window: {window}}}
+"""
+DAY = "{period: Day, timeZone: Asia/Kathmandu}"
+
+# What is applied, the refusal's status and code, and its details after three requests of 8 tokens in and 3 out.
+REFUSALS = [
+    (
+        BUDGET.replace("{limit}", '{{amount: "0.000010", currency: USD}}').replace("{window}", "{{period: Lifetime}}"),
+        402, "quota_exceeded", ("it", "usd", "0.00001", "0.000009", "0.000001", False),
+    ),
+    (
+        BUDGET.replace("{limit}", "{{tokens: 34}}").replace("{window}", f"{{{DAY}}}"),
+        402, "quota_exceeded", ("it", "tokens", "34", "33", "1", True),
+    ),
+    (
+        BUDGET.replace("{limit}", "{{tokens: 26, tokenKind: Input}}").replace("{window}", f"{{{DAY}}}"),
+        402, "quota_exceeded", ("it", "tokens", "26", "24", "2", True),
+    ),
+    (
+        BUDGET.replace("{limit}", "{{tokens: 9, tokenKind: Output}}").replace("{window}", f"{{{DAY}}}"),
+        402, "quota_exceeded", ("it", "tokens", "9", "9", "0", True),
+    ),
+    (
+        BUDGET.replace("{limit}", "{{requests: 3}}").replace("{window}", f"{{{DAY}}}"),
+        402, "quota_exceeded", ("it", "requests", "3", "3", "0", True),
+    ),
+    (
+        TIER.replace("{rates}", "requestsPerMinute: 3"),
+        429, "rate_limited", ("tier:free:requests-per-minute", "requests", "3", "3", "0", True),
+    ),
+    (
+        TIER.replace("{rates}", "requestsPerDay: 3"),
+        429, "rate_limited", ("tier:free:requests-per-day", "requests", "3", "3", "0", True),
+    ),
+    (
+        TIER.replace("{rates}", "tokensPerDay: 34"),
+        402, "quota_exceeded", ("tier:free:tokens-per-day", "tokens", "34", "33", "1", True),
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "status", "code", "told"), REFUSALS, ids=[f"{told[0]}-{told[2]}" for *_, told in REFUSALS]
+)
+def test_a_refusal_says_in_any_unit_how_its_budget_stands(
+    stack: Stack, text: str, status: int, code: str, told: tuple[str, str, str, str, str, bool]
+) -> None:
+    project = stack.project(project="  defaultTier: free")
+    stack.apply(text.format(namespace=project.namespace))
+    token = project.mint()
+    if "Minute" in text and time.time() % 60 > 45:
+        time.sleep(60 - time.time() % 60)  # all of it within one minute of the clock
+    for number in range(3):
+        assert asked(project, token=token).status_code == 200
+        project.settled(number=number + 1)
+    answer = asked(project, token=token)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (status, code)
+    details = error["details"]
+    budget, unit, limit, spent, remaining, resets = told
+    assert details["budget"] == f"{project.namespace}/{budget}"
+    assert (details["unit"], details["limit"], details["spent"], details["held"], details["remaining"]) == (
+        unit, limit, spent, "0", remaining,
+    )  # fmt: skip
+    assert details["scope"]["namespace"] == project.namespace
+    assert (details["resets_at"] is not None) == resets
+    if status == 429:
+        # Within a minute a client may come back by itself; tomorrow is for people to know.
+        seconds = int(answer.headers["retry-after"])
+        assert 1 <= seconds <= 86_400
+        assert answer.headers.get("x-should-retry", "true") == ("true" if seconds <= 60 else "false")
+    else:
+        assert answer.headers["x-should-retry"] == "false"
+
+
+def test_a_soft_budget_stops_nobody_and_shows_by_how_much_it_was_passed(stack: Stack) -> None:
+    project = stack.project()
+    stack.apply(
+        BUDGET.replace("window: {window}", "window: {{period: Day}}, enforcement: Soft, alertThresholds: [50]")
+        .replace("{limit}", "{{tokens: 100}}")
+        .format(namespace=project.namespace)
+    )
+    token = project.mint()
+    phases = list[tuple[str, str, str]]()
+    for number in range(3):
+        assert asked(project, token=token, tokens=30).status_code == 200
+        project.settled(number=number + 1)
+        row = project.budgets(token)["it"]
+        assert row["enforcement"] == "soft"
+        phases.append((row["spent"], row["remaining"], row["phase"]))
+    assert phases == [("38", "62", "Active"), ("76", "24", "Warning"), ("114", "-14", "Warning")]
+    assert stack.verify().findings == []
