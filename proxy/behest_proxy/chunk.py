@@ -249,6 +249,16 @@ def usage_chunk(like: bytes, usage: Mapping[str, Any]) -> bytes:
     return msgspec.json.encode({"object": "chat.completion.chunk", **members, "choices": [], "usage": usage})
 
 
+def finish_chunk(like: bytes, reasons: Mapping[int, str]) -> bytes:
+    """A chunk that only ends choices, with the id, model and so on of another chunk of its stream.
+
+    Raises `ChunkError` where that one is no JSON object.
+    """
+    members: dict[str, Any] = {name: raw for name, raw in _raw_members(like).items() if name in _FRAME}
+    choices = [{"index": index, "delta": {}, "finish_reason": reason} for index, reason in reasons.items()]
+    return msgspec.json.encode({"object": "chat.completion.chunk", **members, "choices": choices})
+
+
 _FRAME = ("id", "object", "created", "model", "service_tier", "system_fingerprint")
 """What all chunks of one stream have in common."""
 

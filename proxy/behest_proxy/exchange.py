@@ -48,6 +48,7 @@ from behest_proxy.chunk import (
     chunk_texts,
     decode,
     ended_by_length,
+    finish_chunk,
     is_usage_only,
     plain_text,
     usage_chunk,
@@ -135,7 +136,8 @@ class Exchange:
         """What to do about the provider's end once the pending payloads are through."""
         self._seen: set[int] = set()
         self._finish_reasons: dict[int, str] = {}
-        self._clamped = False
+        self._shortened: set[int] = set()
+        """Choices that ended for their length while a limit of ours was in force: whose limit it was, usage tells."""
         self._shown_counts: TokenCounts | None = None
         """The usage that the client was told last."""
         self._frame = b"{}"
@@ -419,9 +421,10 @@ class Exchange:
                 continue
             self._frame = payload
             self._finish_reasons[choice.index] = reason[:FINISH_REASON_CHARS_MAX]
-            shortened |= ended_by_length(reason) and self._terms.clamp_tokens is not None
+            if self._terms.clamp_tokens is not None and ended_by_length(reason):
+                self._shortened.add(choice.index)
+                shortened = True
         if shortened:
-            self._clamped = True
             payload = with_finish_reason_null(payload)
         if not self._take_usage(chunk):
             return payload
@@ -472,6 +475,23 @@ class Exchange:
             return self._complete(now_s)
         return self._end(Outcome.UPSTREAM_ERROR, now_s, provider_errors.failed("closed", in_stream=True))
 
+    def _reached_clamp(self) -> bool:
+        """Whether the limit that a budget lowered ended the answer, and not one of the model's own.
+
+        A provider may also stop because its context is full. Its usage tells: whoever was stopped by our limit used
+        all of it (one token less, where the last one is not counted). Without usage nothing speaks against it.
+        """
+        clamp_tokens, shortened = self._terms.clamp_tokens, len(self._shortened)
+        if clamp_tokens is None or not shortened:
+            return False
+        return not self._usage.seen or self._usage.counts.output_tokens >= (clamp_tokens - 1) * shortened
+
+    def _own_ends(self) -> bytes | None:
+        """The chunk with the finish reasons that were kept back, where they are the model's own after all."""
+        if not self._shortened:
+            return None
+        return finish_chunk(self._frame, {index: self._finish_reasons[index] for index in sorted(self._shortened)})
+
     def _failing(self, error: ShownError, outcome: Outcome = Outcome.UPSTREAM_ERROR) -> _Ending:
         return lambda now_s: self._end(outcome, now_s, error)
 
@@ -479,9 +499,12 @@ class Exchange:
         """The answer is whole."""
         if self.phase is not Phase.STREAMING:
             return self._end(Outcome.COMPLETED, now_s)
-        if self._clamped:
+        if self._reached_clamp():
             return self._cut(Outcome.QUOTA_EXCEEDED, now_s, self._bound_by)
+        own_ends = self._own_ends()
         if self._aggregator is not None:
+            if own_ends and (too_large := self._hand_over([own_ends], now_s)):
+                return too_large
             body = self._whole_body(self._aggregator, Outcome.COMPLETED, now_s)
             return [Respond(200, body), *self._end(Outcome.COMPLETED, now_s)]
         last = b""
@@ -489,6 +512,8 @@ class Exchange:
         if self._terms.include_usage and self._shown_counts != counts:
             usage = {**as_openai(counts), "cost_usd": msgspec.Raw(self._cost_usd(counts).encode())}
             last = data_event(usage_chunk(self._frame, usage))
+        if own_ends:
+            last = data_event(own_ends) + last
         return [Write(last + DONE), Finish(), *self._end(Outcome.COMPLETED, now_s)]
 
     def _cut(self, outcome: Outcome, now_s: float, refusal: Refused | None) -> list[Action]:
@@ -524,7 +549,7 @@ class Exchange:
             return []
         if self.phase is Phase.LINGERING:
             # The client has everything; whatever becomes of the provider now changes nothing about that.
-            outcome, error = Outcome.QUOTA_EXCEEDED if self._clamped else Outcome.COMPLETED, None
+            outcome, error = Outcome.QUOTA_EXCEEDED if self._reached_clamp() else Outcome.COMPLETED, None
         was_called = self.phase is not Phase.ADMITTING
         self.phase = Phase.ENDED
         self._pending = []

@@ -96,8 +96,8 @@ def calling(**changes: Any) -> Exchange:
 
 
 def clamped(**changes: Any) -> Exchange:
-    """An exchange whose whole answer was held: a budget, not its caller, bound it to 50 tokens."""
-    under = exchange(metered=False, clamp_tokens=50, cap_tokens=50, **changes)
+    """An exchange whose whole answer was held: a budget, not its caller, bound each choice to 5 tokens."""
+    under = exchange(metered=False, clamp_tokens=5, cap_tokens=50, **changes)
     play(
         under,
         (admitted(Granted(output_tokens=50, bound_by=QUOTA)), [CallUpstream()]),

@@ -17,9 +17,10 @@ from behest_proxy.actions import (
     Pause,
     Resume,
     Settle,
+    Write,
 )
 from behest_proxy.exchange import Exchange, Phase
-from behest_proxy.sse import data_event
+from behest_proxy.sse import DONE, data_event
 from proxy.scripts import (
     BROKEN,
     CANCEL,
@@ -56,6 +57,7 @@ from proxy.scripts import (
     sent,
     streaming,
     text,
+    usage,
     voided,
     wrote,
 )
@@ -316,6 +318,35 @@ def test_a_stream_that_our_limit_ended_is_no_answer_of_that_length_but_a_budgets
             ],
         ),
     )
+
+
+SHORT = chunk(usage=usage(12, 3))
+"""Less than the limit: the model's context was full, or something of the provider's own ended it."""
+
+
+def test_a_stream_that_ended_before_our_limit_was_reached_ends_for_its_length() -> None:
+    under = clamped()
+    play(under, (read(text("Hel")), [wrote(text("Hel"))]))
+    (write,) = under.upstream_data(data_event(finish("length")), 0.0)
+    assert event_of(write)["choices"][0]["finish_reason"] is None
+    play(under, (read(SHORT), []))
+    write, *rest = under.upstream_data(data_event(DONE_EVENT), 0.0)
+    assert isinstance(write, Write)
+    end, done = write.data.split(b"\n\n", 1)
+    members = json.loads(end.removeprefix(b"data: "))
+    assert members["choices"] == [{"index": 0, "delta": {}, "finish_reason": "length"}]
+    assert members["id"] == json.loads(text("Hel"))["id"]
+    assert done == DONE
+    assert rest == [Finish(), Settled(COMPLETED, "provider", 12, 3)]
+
+
+def test_two_choices_reach_our_limit_only_where_both_used_it() -> None:
+    for used, outcome in ((10, QUOTA_EXCEEDED), (8, QUOTA_EXCEEDED), (7, COMPLETED)):
+        under = clamped(choices=2)
+        under.upstream_data(data_event(finish("length")) + data_event(finish("length", index=1)), 0.0)
+        under.upstream_data(data_event(chunk(usage=usage(12, used))), 0.0)
+        *_, settle = under.upstream_data(data_event(DONE_EVENT), 0.0)
+        assert settle == Settled(outcome, "provider", 12, used)
 
 
 def test_a_choice_that_stopped_by_itself_keeps_its_finish_reason() -> None:

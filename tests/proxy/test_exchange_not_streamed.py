@@ -24,6 +24,7 @@ from proxy.scripts import (
     Event,
     Failed,
     Settled,
+    chunk,
     clamped,
     drained,
     ended,
@@ -107,6 +108,14 @@ def test_an_answer_as_a_whole_that_our_limit_ended_is_402_with_what_there_is() -
     assert partial["choices"][0]["finish_reason"] is None
     assert partial["usage"] == {**usage(12, 5), "cost_usd": 6.2e-9}
     assert settle == Settled(QUOTA_EXCEEDED, "provider", 12, 5)
+
+
+def test_an_answer_as_a_whole_that_ended_before_our_limit_was_reached_is_an_answer() -> None:
+    under = clamped(streamed=False)
+    play(under, (read(text("Hel", finish="length"), chunk(usage=usage(12, 3))), []))
+    respond, *rest = under.upstream_data(b"data: [DONE]\n\n", 0.0)
+    assert body_of(respond)["choices"][0]["finish_reason"] == "length"
+    assert rest == [Settled(COMPLETED, "provider", 12, 3)]
 
 
 def test_what_there_is_may_hold_half_of_a_pair() -> None:
