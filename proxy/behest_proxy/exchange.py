@@ -41,7 +41,7 @@ from behest_proxy.actions import (
     Settle,
     Write,
 )
-from behest_proxy.aggregate import CHOICES_MAX, AggregateTooLarge, Aggregator
+from behest_proxy.aggregate import BODY_BYTES_MAX, CHOICES_MAX, AggregateTooLarge, Aggregator
 from behest_proxy.chunk import (
     Chunk,
     ChunkError,
@@ -59,8 +59,11 @@ from behest_proxy.errors import LedgerUnavailable, QuotaExceeded, ShownError, Up
 from behest_proxy.meter import Meter
 from behest_proxy.sse import DONE, DONE_PAYLOAD, NamedEvent, SseFramer, SseTooLarge, data_event, data_events
 from behest_proxy.usage import UsageState, as_openai
+from behest_proxy.whole import whole_answer
 
 FINISH_REASON_CHARS_MAX = 40
+_EVENT_STREAM = (b"text/event-stream", "event stream")
+_JSON = (b"application/json", "JSON")
 
 _Ending = Callable[[float], list[Action]]
 """A way to end, given the time at which it comes to it."""
@@ -85,6 +88,8 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     streamed: bool
     """The client asked for a stream; otherwise the answer is put together and given as a whole."""
     include_usage: bool
+    upstream_streams: bool = True
+    """False: the provider gives its answer as a whole, whatever the client asked for."""
     choices: int
     input_counts: TokenCounts
     count: Callable[[str], int]
@@ -116,6 +121,11 @@ class Exchange:
             metered=terms.metered,
         )
         self._framer = SseFramer()
+        self._body: list[bytes] = []
+        """Of a provider that does not stream, until it is whole."""
+        self._body_bytes = 0
+        self._is_paid_whole = False
+        """A whole answer whose usage is within the hold: there is nothing to count."""
         self._usage = UsageState()
         self._counted_at_usage = (0, 0)
         self._aggregator = None if terms.streamed else Aggregator()
@@ -215,13 +225,10 @@ class Exchange:
         if not 200 <= status < 300:
             self.phase = Phase.REFUSED
             return []
-        content_type = dict(headers).get(b"content-type", b"text/event-stream")
-        if not content_type.lower().startswith(b"text/event-stream"):
-            return self._end(
-                Outcome.UPSTREAM_ERROR,
-                now_s,
-                provider_errors.ProviderRefused("the provider's answer is no event stream"),
-            )
+        wanted, called = _EVENT_STREAM if self._terms.upstream_streams else _JSON
+        if not dict(headers).get(b"content-type", wanted).lower().startswith(wanted):
+            error = provider_errors.ProviderRefused(f"the provider's answer is no {called}")
+            return self._end(Outcome.UPSTREAM_ERROR, now_s, error)
         self.phase = Phase.STREAMING
         if self._terms.streamed:
             self._begun = True
@@ -238,6 +245,8 @@ class Exchange:
         if (phase is not Phase.STREAMING and phase is not Phase.LINGERING) or self._upstream_over is not None:
             return []
         self._first_byte = True
+        if not self._terms.upstream_streams:
+            return self._more_of_body(data, now_s)
         try:
             payloads = self._framer.feed(data)
         except SseTooLarge:
@@ -253,7 +262,10 @@ class Exchange:
             return self._refused_by_provider(now_s)
         if self.phase not in (Phase.STREAMING, Phase.LINGERING) or self._upstream_over is not None:
             return []
-        rest = self._framer.finish()
+        try:
+            rest = self._framer.finish() if self._terms.upstream_streams else self._whole_answer()
+        except ChunkError:
+            return self._end(Outcome.UPSTREAM_ERROR, now_s, _broken())
         if self._pending:
             self._pending += rest
             actions: list[Action] = []
@@ -263,6 +275,22 @@ class Exchange:
             self._upstream_over = self._ended_by_provider
             return actions
         return actions + self._ended_by_provider(now_s)
+
+    def _more_of_body(self, data: bytes, now_s: float) -> list[Action]:
+        self._body.append(data)
+        self._body_bytes += len(data)
+        if self._body_bytes <= BODY_BYTES_MAX:
+            return []
+        return self._end(Outcome.UPSTREAM_ERROR, now_s, UpstreamError("the provider's answer is too large"))
+
+    def _whole_answer(self) -> list[bytes]:
+        """The chunks of a whole answer. Its usage is known before the first of them."""
+        body, self._body = b"".join(self._body), []
+        answer = whole_answer(body)
+        if answer.usage is not None:
+            self._take_usage(decode(answer.usage))
+            self._is_paid_whole = self._usage.seen and self._usage.counts.output_tokens <= self._meter.credit_tokens
+        return answer.payloads
 
     def upstream_failed(self, kind: str, now_s: float) -> list[Action]:
         """The call to the provider broke; `kind` is the upstream client's word for how."""
@@ -314,7 +342,7 @@ class Exchange:
         over: _Ending | None = None
         seen = self._seen if self.phase is Phase.STREAMING else frozenset[int]()
         count = self._terms.count
-        pay = self._meter.pay
+        pay = self._meter.pay if not self._is_paid_whole else _is_paid
         for index, payload in enumerate(payloads):
             try:
                 chunk = decode(payload)
@@ -388,7 +416,7 @@ class Exchange:
         output, reasoning, calls = self._tokens_of(chunk)
         if calls:
             self._meter.reserve_tool_calls(calls)
-        if self._meter.pay(output, reasoning):
+        if self._is_paid_whole or self._meter.pay(output, reasoning):
             return True
         if calls:
             self._meter.reserve_tool_calls(-calls)  # it comes again with the chunk
@@ -610,6 +638,10 @@ def _ordinary_text(chunk: Chunk, seen: AbstractSet[int]) -> str | None:
         if choices and choices[0].finish_reason is None and choices[0].index in seen:
             return plain_text(chunk)
     return None
+
+
+def _is_paid(_tokens: int) -> bool:
+    return True
 
 
 def _is_error_event(payload: bytes) -> bool:

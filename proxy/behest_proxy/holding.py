@@ -45,9 +45,11 @@ class OutputLimit(msgspec.Struct, frozen=True):
     """The budget is the reason for `send_tokens`: reaching it is `quota_exceeded`, not `length`."""
 
 
-def plan(request: ChatRequest, facts: ModelFacts, rates: Rates, input_count: InputCount) -> HoldPlan:
+def plan(
+    request: ChatRequest, facts: ModelFacts, rates: Rates, input_count: InputCount, *, upstream_streams: bool = True
+) -> HoldPlan:
     """What has to be held before this request may be sent."""
-    metered = request.stream and facts.visible_only
+    metered = request.stream and facts.visible_only and upstream_streams
     input_rate_pico, output_rate_pico = rates.dearest_within(input_count.bound_tokens)
     limit_tokens = _limit(request.output_limit_tokens, None if metered else facts.output_limit_tokens)
     if metered:

@@ -286,17 +286,23 @@ def _texts(request: ChatRequest) -> Iterator[str]:
 
 
 def upstream_body(
-    request: ChatRequest, *, model: str, ask_usage: bool, clamp_field: str, clamp_tokens: int | None
+    request: ChatRequest,
+    *,
+    model: str,
+    ask_usage: bool,
+    clamp_field: str,
+    clamp_tokens: int | None,
+    streams: bool = True,
 ) -> bytes:
     """The body for the provider: the caller's members, with ours in the place of those that cost or route.
 
-    The answer is always streamed, so that it can be stopped; `clamp_tokens` is the most that each choice may
-    generate, None leaves the caller's own limit as it is.
+    The answer is always streamed where the provider can (`streams`), so that it can be stopped; `clamp_tokens` is the
+    most that each choice may generate, None leaves the caller's own limit as it is.
     """
     members = dict(request.members)
     members["model"] = msgspec.Raw(msgspec.json.encode(model))
-    members["stream"] = msgspec.Raw(b"true")
-    if ask_usage:
+    members["stream"] = msgspec.Raw(b"true" if streams else b"false")
+    if ask_usage and streams:
         options: dict[str, Any] = _typed(members, "stream_options", dict[str, Any]) or {}
         members["stream_options"] = msgspec.Raw(msgspec.json.encode({**options, "include_usage": True}))
     else:

@@ -36,6 +36,8 @@ _PROTOCOLS: Mapping[str, Any] = {"Auto": "auto", "HTTP1": "http1", "HTTP2": "htt
 CONNECT_TIMEOUT_S = 10.0
 FIRST_BYTE_TIMEOUT_S = 120.0
 IDLE_TIMEOUT_S = 60.0
+WHOLE_ANSWER_TIMEOUT_S = 600.0
+"""For the first byte of a provider that does not stream: it comes when all is generated."""
 
 
 class _Model(NamedTuple):
@@ -72,7 +74,7 @@ class ChatCompletions:
         request = parse(body)
         model = self._model_for(project, request, caller)
         input_count = count_input(request, model.counter, model.facts)
-        hold = plan(request, model.facts, model.rates, input_count)
+        hold = plan(request, model.facts, model.rates, input_count, upstream_streams=_streams(model))
         client = client_stream(scope, receive, send)
         admission = _admission(gateway, context, caller, session, project, model, hold)
         input_counts = TokenCounts(input=input_count.best_tokens)
@@ -243,6 +245,7 @@ def _exchange(
     return Exchange(
         Terms(
             streamed=request.stream,
+            upstream_streams=_streams(model),
             include_usage=request.include_usage,
             choices=request.choices,
             input_counts=TokenCounts(input=input_count.best_tokens),
@@ -264,7 +267,7 @@ def _upstream_request(
     limit = limit_for(hold, granted_tokens=grant.output_tokens, choices=request.choices)
     headers = [
         (b"content-type", b"application/json"),
-        (b"accept", b"text/event-stream"),
+        (b"accept", b"text/event-stream" if _streams(model) else b"application/json"),
         (b"user-agent", b"behest"),
         (b"x-request-id", str(context.request_id).encode()),
         (b"traceparent", b"00-%b-%b-01" % (context.trace_id, os.urandom(8).hex().encode())),
@@ -282,12 +285,18 @@ def _upstream_request(
             ask_usage=spec.capabilities.usage_in_stream,
             clamp_field=model.facts.clamp_field,
             clamp_tokens=limit.send_tokens,
+            streams=_streams(model),
         ),
         protocol=_PROTOCOLS[spec.protocol],
         connect_timeout_s=spec.timeouts.connect_seconds or CONNECT_TIMEOUT_S,
-        first_byte_timeout_s=spec.timeouts.first_byte_seconds or FIRST_BYTE_TIMEOUT_S,
+        first_byte_timeout_s=spec.timeouts.first_byte_seconds
+        or (FIRST_BYTE_TIMEOUT_S if _streams(model) else WHOLE_ANSWER_TIMEOUT_S),
         idle_timeout_s=spec.timeouts.idle_seconds or IDLE_TIMEOUT_S,
     )
+
+
+def _streams(model: _Model) -> bool:
+    return model.route.upstream.spec.capabilities.streams
 
 
 def _provider_key(spec: UpstreamSpec) -> str | None:
