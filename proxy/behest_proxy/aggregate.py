@@ -1,7 +1,7 @@
 """A stream of chunks put together into the one body that a call without `stream` expects.
 
-Calls without `stream` are streamed from the provider all the same where it can, so that they can be cancelled. Members that are
-not known here are kept: strings of a delta concatenate, arrays append, of anything else the last counts.
+Calls without `stream` are streamed from the provider all the same, where it can, so that they can be cancelled. Members
+that are not known here are kept: strings of a delta concatenate, arrays append, of anything else the last counts.
 """
 
 import json

@@ -14,7 +14,6 @@ What is forwarded is paid for before: count, price, credit, then the write. When
 the provider is paused, and only a definite refusal ends the stream.
 """
 
-import enum
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
@@ -41,7 +40,7 @@ from behest_proxy.actions import (
     Settle,
     Write,
 )
-from behest_proxy.aggregate import BODY_BYTES_MAX, CHOICES_MAX, AggregateTooLarge, Aggregator
+from behest_proxy.aggregate import CHOICES_MAX, AggregateTooLarge, Aggregator
 from behest_proxy.chunk import (
     Chunk,
     ChunkError,
@@ -58,8 +57,9 @@ from behest_proxy.chunk import (
 from behest_proxy.errors import LedgerUnavailable, QuotaExceeded, ShownError, UpstreamError, UpstreamTimeout
 from behest_proxy.meter import Meter
 from behest_proxy.sse import DONE, DONE_PAYLOAD, NamedEvent, SseFramer, SseTooLarge, data_event, data_events
+from behest_proxy.terms import Phase, Terms
 from behest_proxy.usage import UsageState, as_openai
-from behest_proxy.whole import whole_answer
+from behest_proxy.whole import WholeFramer
 
 FINISH_REASON_CHARS_MAX = 40
 _EVENT_STREAM = (b"text/event-stream", "event stream")
@@ -67,44 +67,6 @@ _JSON = (b"application/json", "JSON")
 
 _Ending = Callable[[float], list[Action]]
 """A way to end, given the time at which it comes to it."""
-
-
-class Phase(enum.Enum):
-    """Where an exchange is; the drawing above shows how they follow each other."""
-
-    ADMITTING = "admitting"
-    CALLING = "calling"
-    REFUSED = "refused"
-    """The provider answered other than 2xx: its body is read, within a bound."""
-    STREAMING = "streaming"
-    LINGERING = "lingering"
-    """The client has every finish_reason and left: only the usage is waited for."""
-    ENDED = "ended"
-
-
-class Terms(msgspec.Struct, frozen=True, kw_only=True):
-    """What is fixed when the request is admitted."""
-
-    streamed: bool
-    """The client asked for a stream; otherwise the answer is put together and given as a whole."""
-    include_usage: bool
-    upstream_streams: bool = True
-    """False: the provider gives its answer as a whole, whatever the client asked for."""
-    choices: int
-    input_counts: TokenCounts
-    count: Callable[[str], int]
-    """Tokens in a text."""
-    ratio: float
-    """What a local count is multiplied with to be above the provider's."""
-    amount_pico: Callable[[TokenCounts], int]
-    """The price of some tokens, by the rates fixed at admission."""
-    metered: bool
-    """Held in tranches; False: the worst case is held, and the provider was told to stop there."""
-    clamp_tokens: int | None = None
-    """The limit per choice that we set or lowered; None: the caller's own limit stands."""
-    cap_tokens: int | None = None
-    """The most output that the provider may bill, over all choices, where its limits make that known."""
-    hidden_tokens_per_second: int = 0
 
 
 class Exchange:
@@ -120,10 +82,7 @@ class Exchange:
             cap_tokens=terms.cap_tokens,
             metered=terms.metered,
         )
-        self._framer = SseFramer()
-        self._body: list[bytes] = []
-        """Of a provider that does not stream, until it is whole."""
-        self._body_bytes = 0
+        self._framer = SseFramer() if terms.upstream_streams else WholeFramer()
         self._is_paid_whole = False
         """A whole answer whose usage is within the hold: there is nothing to count."""
         self._usage = UsageState()
@@ -245,8 +204,6 @@ class Exchange:
         if (phase is not Phase.STREAMING and phase is not Phase.LINGERING) or self._upstream_over is not None:
             return []
         self._first_byte = True
-        if not self._terms.upstream_streams:
-            return self._more_of_body(data, now_s)
         try:
             payloads = self._framer.feed(data)
         except SseTooLarge:
@@ -263,9 +220,13 @@ class Exchange:
         if self.phase not in (Phase.STREAMING, Phase.LINGERING) or self._upstream_over is not None:
             return []
         try:
-            rest = self._framer.finish() if self._terms.upstream_streams else self._whole_answer()
+            rest = self._framer.finish()
         except ChunkError:
             return self._end(Outcome.UPSTREAM_ERROR, now_s, _broken())
+        if isinstance(self._framer, WholeFramer) and self._framer.usage is not None:
+            # Known before the first chunk of it is paid: where the hold covers it nothing has to be counted.
+            self._take_usage(decode(self._framer.usage))
+            self._is_paid_whole = self._usage.seen and self._usage.counts.output_tokens <= self._meter.credit_tokens
         if self._pending:
             self._pending += rest
             actions: list[Action] = []
@@ -275,22 +236,6 @@ class Exchange:
             self._upstream_over = self._ended_by_provider
             return actions
         return actions + self._ended_by_provider(now_s)
-
-    def _more_of_body(self, data: bytes, now_s: float) -> list[Action]:
-        self._body.append(data)
-        self._body_bytes += len(data)
-        if self._body_bytes <= BODY_BYTES_MAX:
-            return []
-        return self._end(Outcome.UPSTREAM_ERROR, now_s, UpstreamError("the provider's answer is too large"))
-
-    def _whole_answer(self) -> list[bytes]:
-        """The chunks of a whole answer. Its usage is known before the first of them."""
-        body, self._body = b"".join(self._body), []
-        answer = whole_answer(body)
-        if answer.usage is not None:
-            self._take_usage(decode(answer.usage))
-            self._is_paid_whole = self._usage.seen and self._usage.counts.output_tokens <= self._meter.credit_tokens
-        return answer.payloads
 
     def upstream_failed(self, kind: str, now_s: float) -> list[Action]:
         """The call to the provider broke; `kind` is the upstream client's word for how."""
@@ -342,7 +287,7 @@ class Exchange:
         over: _Ending | None = None
         seen = self._seen if self.phase is Phase.STREAMING else frozenset[int]()
         count = self._terms.count
-        pay = self._meter.pay if not self._is_paid_whole else _is_paid
+        pay: Callable[[int], bool] = self._meter.pay if not self._is_paid_whole else lambda _tokens: True
         for index, payload in enumerate(payloads):
             try:
                 chunk = decode(payload)
@@ -638,10 +583,6 @@ def _ordinary_text(chunk: Chunk, seen: AbstractSet[int]) -> str | None:
         if choices and choices[0].finish_reason is None and choices[0].index in seen:
             return plain_text(chunk)
     return None
-
-
-def _is_paid(_tokens: int) -> bool:
-    return True
 
 
 def _is_error_event(payload: bytes) -> bool:

@@ -9,8 +9,9 @@ from typing import Any
 
 import msgspec
 
+from behest_proxy.aggregate import BODY_BYTES_MAX
 from behest_proxy.chunk import ChunkError, loads
-from behest_proxy.sse import DONE_PAYLOAD
+from behest_proxy.sse import DONE_PAYLOAD, SseTooLarge
 
 _OF_EVERY_CHUNK = ("id", "created", "model", "service_tier", "system_fingerprint")
 _MADE_HERE = ("object", "choices", "usage")
@@ -22,6 +23,33 @@ class WholeAnswer(msgspec.Struct, frozen=True, kw_only=True):
     payloads: list[bytes]
     usage: bytes | None
     """The one that holds the usage; it is among `payloads` too."""
+
+
+class WholeFramer:
+    """Like `SseFramer`, for an answer that comes as a whole: nothing until it is, then all of it."""
+
+    __slots__ = ("_data", "_size_bytes", "usage")
+
+    def __init__(self) -> None:
+        self._data: list[bytes] = []
+        self._size_bytes = 0
+        self.usage: bytes | None = None
+        """After `finish`: the chunk with the usage."""
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """Body bytes. Raises `SseTooLarge` beyond `BODY_BYTES_MAX`."""
+        self._size_bytes += len(data)
+        if self._size_bytes > BODY_BYTES_MAX:
+            raise SseTooLarge(f"the answer is larger than {BODY_BYTES_MAX} bytes")
+        self._data.append(data)
+        return []
+
+    def finish(self) -> list[bytes]:
+        """The body is whole: its chunks. Raises `ChunkError`."""
+        body, self._data = b"".join(self._data), []
+        answer = whole_answer(body)
+        self.usage = answer.usage
+        return answer.payloads
 
 
 def whole_answer(body: bytes) -> WholeAnswer:

@@ -9,8 +9,9 @@ from behest_ledger.holds import Answer, Granted, Refused
 from behest_ledger.token_counts import TokenCounts
 from behest_proxy.actions import Action, Begin, CallUpstream, CancelUpstream, Fail, Settle, Write
 from behest_proxy.errors import Draining, ShownError
-from behest_proxy.exchange import Exchange, Terms
+from behest_proxy.exchange import Exchange
 from behest_proxy.sse import DONE, data_event
+from behest_proxy.terms import Terms
 
 Event = Callable[[Exchange], list[Action]]
 

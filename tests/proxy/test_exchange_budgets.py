@@ -19,8 +19,9 @@ from behest_proxy.actions import (
     Settle,
     Write,
 )
-from behest_proxy.exchange import Exchange, Phase
+from behest_proxy.exchange import Exchange
 from behest_proxy.sse import DONE, data_event
+from behest_proxy.terms import Phase
 from proxy.scripts import (
     BROKEN,
     CANCEL,

@@ -14,8 +14,8 @@ from behest_proxy.actions import (
     Settle,
 )
 from behest_proxy.errors import Forbidden
-from behest_proxy.exchange import Phase
 from behest_proxy.sse import DONE, data_event
+from behest_proxy.terms import Phase
 from proxy.scripts import (
     CANCEL,
     CANCELLED,

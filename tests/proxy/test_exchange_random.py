@@ -17,9 +17,9 @@ from behest_ledger.token_counts import TokenCounts
 from behest_proxy.actions import Action, AskCredit, Begin, Fail, Finish, Respond, Settle, Write
 from behest_proxy.chunk import ChunkError, chunk_texts, decode, loads
 from behest_proxy.errors import Forbidden
-from behest_proxy.exchange import Phase
 from behest_proxy.meter import RESERVE_PER_CHOICE_TOKENS, RESERVE_PER_TOOL_CALL_TOKENS
 from behest_proxy.sse import DONE_PAYLOAD, SseFramer
+from behest_proxy.terms import Phase
 from proxy.scripts import EVENT_STREAM, QUOTA, SUSPENDED, exchange
 
 STREAMS = [path.read_bytes() for path in sorted((Path(__file__).parent / "streams").glob("*.sse"))]

@@ -16,8 +16,9 @@ from behest_ledger.holds import Granted
 from behest_ledger.token_counts import TokenCounts
 from behest_proxy.actions import Action, AskCredit, Begin, Fail, Finish, Pause, Respond, Resume, Settle, Write
 from behest_proxy.chunk import chunk_texts, decode, is_usage_only, loads
-from behest_proxy.exchange import Exchange, Phase
+from behest_proxy.exchange import Exchange
 from behest_proxy.sse import DONE_PAYLOAD, NamedEvent, SseFramer
+from behest_proxy.terms import Phase
 from behest_proxy.tokens import counter_for
 from behest_proxy.usage import normalise
 from proxy.scripts import EVENT_STREAM, exchange

@@ -23,12 +23,13 @@ from behest_proxy.app.context import RequestContext, context_of
 from behest_proxy.app.gateway import Gateway
 from behest_proxy.app.messages import JSON, ClientLeftError, read_body, send_answer, send_error
 from behest_proxy.errors import Draining, InvalidRequest, ServerError
-from behest_proxy.exchange import Exchange, Terms
+from behest_proxy.exchange import Exchange
 from behest_proxy.holding import HoldPlan, limit_for, plan
 from behest_proxy.identity.caller import Caller
 from behest_proxy.identity.session import NO_SESSION, session_of
 from behest_proxy.models import ModelFacts, facts_for
 from behest_proxy.request import ChatRequest, InputCount, count_input, parse, upstream_body
+from behest_proxy.terms import Terms
 from behest_proxy.tokens import TokenCounter, counter_for
 from behest_proxy.upstream import UpstreamRequest
 
