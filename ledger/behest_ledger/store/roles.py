@@ -60,12 +60,13 @@ FROM ledger.tenant_role t LEFT JOIN ({_TOO_MIGHTY}) m ON m.name = t.role_name GR
 
 
 async def create_role(
-    connection: Connection, name: str, *, tenants: Sequence[str] | None, password: str | None
+    connection: Connection, name: str, *, tenants: Sequence[str] | None, password: str | None, renew: bool = False
 ) -> None:
     """Make a login for the sidecars of these tenants (None: of all), or give a role that is there the rights.
 
     `password` None: the role is there already; what it may act for is set anew, its password stays. Otherwise the role
-    is made; the server gets only the password's SCRAM verifier, which is useless in its logs.
+    is made; the server gets only the password's SCRAM verifier, which is useless in its logs. `renew`: one that is
+    there gets the password too; for whoever is sure that it is his.
     Raises `RoleError` and `LedgerForbiddenError`.
     """
     if not _NAME.fullmatch(name) or name.startswith("pg_"):
@@ -77,7 +78,7 @@ async def create_role(
             if password is None:
                 await _check_existing(connection, name)
             else:
-                await _make(connection, name, password)
+                await _make(connection, name, password, renew=renew)
             await connection.execute("DELETE FROM ledger.tenant_role WHERE role_name = $1", name)
             await connection.executemany(
                 "INSERT INTO ledger.tenant_role (role_name, tenant_id) VALUES ($1, $2)",
@@ -94,12 +95,16 @@ async def _check_existing(connection: Connection, name: str) -> None:
         raise RoleError(f"role {name} {row['reason']}: no rule of the ledger would bind it")
 
 
-async def _make(connection: Connection, name: str, password: str) -> None:
+async def _make(connection: Connection, name: str, password: str, *, renew: bool) -> None:
     verifier = scram_verifier(password)
+    there = renew and await connection.fetchval("SELECT EXISTS (SELECT FROM pg_roles WHERE rolname = $1)", name)
+    if there:
+        await _check_existing(connection, name)
     try:
         # A name is checked above, and a verifier has no quotes: this statement takes no parameters.
         async with connection.transaction():
-            await connection.execute(f"CREATE ROLE \"{name}\" LOGIN PASSWORD '{verifier}'")
+            verb = "ALTER" if there else "CREATE"
+            await connection.execute(f"{verb} ROLE \"{name}\" LOGIN PASSWORD '{verifier}'")
     except asyncpg.DuplicateObjectError:
         raise RoleError(f"there is a role {name} already; to give it rights here, add --existing") from None
     except asyncpg.InsufficientPrivilegeError:

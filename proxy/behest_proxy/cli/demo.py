@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from behest_proxy.cli.folder import DataFolder, write_whole
+from behest_proxy.cli.roles import dsn_of_role
 
 TENANT = "demo"
 NAMESPACE = "default"
@@ -20,14 +21,21 @@ MODEL = "gpt-4o-mini"
 _CERTIFICATE_DAYS = 30
 
 
-@dataclass(frozen=True)
+@dataclass
 class Demo:
-    """What the steps need to know."""
+    """What the steps need to know, and what the last of them finds out."""
 
     dsn: str
     upstream_url: str
     upstream_key_env: str | None
     api_key: str
+    sidecar_role: str = "behest_sidecar"
+    """The name of the sidecar's own database role."""
+    sidecar_password: str = ""
+    sidecar_dsn: str | None = None
+    """With that login; None: it could not be made, and the sidecar has to take `dsn`."""
+    note: str | None = None
+    """For the person, such as why."""
 
 
 def manifests(upstream_url: str, upstream_key_env: str | None) -> str:
@@ -104,11 +112,31 @@ async def register_key(demo: Demo) -> None:
     )
 
 
+async def give_role(demo: Demo) -> None:
+    """Make the sidecar a database role that acts for all tenants and changes no table: only the keeper is the owner."""
+    from behest_ledger.store.errors import LedgerError
+    from behest_ledger.store.pool import connect
+    from behest_ledger.store.roles import create_role
+
+    owner = await connect(demo.dsn)
+    own = dsn_of_role(demo.dsn, demo.sidecar_role, demo.sidecar_password)
+    try:
+        await create_role(owner, demo.sidecar_role, tenants=None, password=demo.sidecar_password, renew=True)
+        await (await connect(own)).close()  # a server may well refuse a login that it let us make
+    except LedgerError as error:
+        demo.note = f"the sidecar uses the database role that was given, it cannot have its own: {error}"
+    else:
+        demo.sidecar_dsn = own
+    finally:
+        await owner.close()
+
+
 STEPS: tuple[tuple[str, Callable[[Demo], Awaitable[None]]], ...] = (
     ("schema", migrate),
     ("prices", price),
     ("project, budget, upstream", configure),
     ("API key", register_key),
+    ("the sidecar's role", give_role),
 )
 
 
@@ -118,6 +146,12 @@ STEPS: tuple[tuple[str, Callable[[Demo], Awaitable[None]]], ...] = (
 def api_key(folder: DataFolder) -> str:
     """The demo's API key, `behest_sk_live_` and 32 hexadecimal digits."""
     return folder.secret("api-key", f"behest_sk_live_{secrets.token_hex(16)}")
+
+
+def sidecar_login(folder: DataFolder) -> tuple[str, str]:
+    """Name and password of the sidecar's database role. Roles are the whole server's, so each folder has its own."""
+    name = folder.secret("sidecar-role", f"behest_up_{secrets.token_hex(4)}")
+    return name, folder.secret("sidecar-password", secrets.token_hex(24))
 
 
 def signing_key(folder: DataFolder) -> Path:

@@ -184,11 +184,14 @@ class Up:
         dsn = await self._database()
         secrets = await secrets_task
         upstream_url = self._arguments.upstream or await self._simulator_url(simulator)
-        demo = demo_steps.Demo(dsn, upstream_url, self._arguments.upstream_key_env, secrets.api_key)
+        key_env = self._arguments.upstream_key_env
+        demo = demo_steps.Demo(dsn, upstream_url, key_env, secrets.api_key, *demo_steps.sidecar_login(self._folder))
         for label, act in demo_steps.STEPS:
             await self._ledger_step(label, act(demo))
+        if demo.note is not None:
+            self._terminal.note(demo.note)
         self._start_keeper(dsn)
-        sidecar = await self._start_sidecar(dsn, secrets)
+        sidecar = await self._start_sidecar(demo.sidecar_dsn or dsn, secrets)
         token = await self._mint(secrets)
         self._write_ready(demo, sidecar)
         self._ready = True
