@@ -4,6 +4,7 @@ import inspect
 import re
 from pathlib import Path
 
+from behest_ledger.configuration.manifests import parse
 from behest_proxy import app, errors, provider_errors
 from behest_proxy.cli import main as command_line
 from behest_proxy.errors import ShownError
@@ -22,6 +23,13 @@ def test_every_error_is_on_the_errors_page(repository: Path) -> None:
     page = (repository / "docs" / "errors.md").read_text()
     for error in _shown_errors():
         assert f"| {error.status} | `{error.code}` |" in page, error
+
+
+def test_every_manifest_that_a_page_shows_is_valid(repository: Path) -> None:
+    pages = [repository / "README.md", *(repository / "docs").glob("*.md")]
+    shown = [text for page in pages for text in re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL)]
+    manifests = [manifest for text in shown if "apiVersion:" in text for manifest in parse(text)]
+    assert "shop-sessions" in {manifest.name for manifest in manifests}
 
 
 def test_every_dependency_has_its_reason(repository: Path) -> None:

@@ -39,11 +39,11 @@ class _Reader(threading.Thread):
 
 
 def _killed_in_the_middle(stack: Stack, project: Project) -> list[_Reader]:
-    """Three streams of a sidecar that was killed, one after the other begun and each with a checkpoint."""
+    """Three streams of a sidecar that was killed, each with a checkpoint."""
     readers = [_Reader(project) for _ in range(3)]
     for reader in readers:
         reader.start()
-        wait_until(lambda reader=reader: reader.received > 3, what="the stream's begin")
+    wait_until(lambda: all(reader.received > 3 for reader in readers), what="the streams' begin")
 
     def checkpoints() -> bool:
         (row,) = stack.query(
