@@ -338,6 +338,10 @@ class Conduct:
 
     def _on_credit(self, answer: Answer | LedgerError) -> None:
         assert self._exchange is not None
+        if not self._gateway.holder.lives:
+            # Asked for while it lived, answered to a process that was stopped meanwhile: what was granted is gone.
+            self._gateway.lose_all()
+            return
         if isinstance(answer, Granted):
             self._granted_tokens += answer.output_tokens
             self._trace.granted(self._granted_tokens)
