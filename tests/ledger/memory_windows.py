@@ -104,7 +104,7 @@ class Windows:
         """Per window: what its postings come to."""
         self.touched: set[int] = set()
         """The windows that something moved in since somebody last looked."""
-        self._last_window = 0
+        self.last_window = 0
         self._acts = 0
         self._by_tenant: dict[str, list[dict[str, Any]]] = {}
 
@@ -161,8 +161,8 @@ class Windows:
         found = self.current.get(key)
         if found is not None and _runs(self.windows[found], now_s):
             return self.windows[found]
-        self._last_window += 1
-        window = Window(self._last_window, budget, subject)
+        self.last_window += 1
+        window = Window(self.last_window, budget, subject)
         window.starts_at, window.ends_at = _bounds(budget, now_s)
         self.windows[window.window_id] = window
         self.current[key] = window.window_id

@@ -211,7 +211,8 @@ class Both:
         )
         assert Counter(tuple(row) for row in rows) == Counter(memory.usage_lines)
         rows = await fetch(
-            "SELECT request_id, outcome, source, input_tokens, output_tokens, amount_pico::bigint FROM ledger.request"
+            "SELECT request_id, outcome, source, input_tokens, output_tokens, amount_pico::bigint"
+            " FROM ledger.request_now"
         )
         names = ("outcome", "source", "input_tokens", "output_tokens", "amount_pico")
         assert {tuple(row) for row in rows} == {

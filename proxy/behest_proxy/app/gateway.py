@@ -7,7 +7,7 @@ serves. Nothing here knows HTTP.
 import asyncio
 import logging
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from uuid import UUID
 
@@ -85,6 +85,7 @@ class Gateway:
         self._memory_task: asyncio.Task[None] | None = None
         self._holder_task: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._clock_s: Callable[[], float] = time.monotonic
         self._ledger_heard_s = 0.0
 
     # --- life --------------------------------------------------------------------------------------------------
@@ -221,10 +222,10 @@ class Gateway:
 
     @property
     def _ledger_is_silent(self) -> bool:
-        return time.monotonic() - self._ledger_heard_s > LEDGER_SILENCE_S
+        return self._clock_s() - self._ledger_heard_s > LEDGER_SILENCE_S
 
     def _heard(self) -> None:
-        self._ledger_heard_s = time.monotonic()
+        self._ledger_heard_s = self._clock_s()
 
     async def _admit(self, admissions: Sequence[Admission]) -> dict[UUID, Answer]:
         answers = await holds.admit_batch(self.pool, admissions)
