@@ -13,7 +13,8 @@ from behest_ledger.token_counts import TokenCounts
 from behest_proxy.app.conduct import Conduct
 from behest_proxy.app.context import RequestContext
 from behest_proxy.errors import LedgerUnavailable
-from behest_proxy.exchange import Exchange, Terms
+from behest_proxy.exchange import Exchange
+from behest_proxy.terms import Terms
 
 CHUNK = b'data: {"choices":[{"index":0,"delta":{"content":"%b"}}]}\n\n'
 RATES = Rates(price_key="test", base=ClassRates.of({"input": 1, "output": 1}))

@@ -20,8 +20,9 @@ from behest_proxy.app.gateway import Gateway
 from behest_proxy.app.holder import Holder
 from behest_proxy.app.settings import Settings
 from behest_proxy.errors import ShownError
-from behest_proxy.exchange import Exchange, Terms
+from behest_proxy.exchange import Exchange
 from behest_proxy.holding import HoldPlan, limit_for, plan
+from behest_proxy.terms import Terms
 from behest_proxy.upstream import UpstreamRequest
 from ledger.books import TENANT
 from simulation.client import Client
