@@ -1,0 +1,182 @@
+"""`behest webhook`: the admission webhook as a process. Stateless: any number of them may run.
+
+It serves HTTPS only, with the certificate files that are mounted; when they change it serves the new ones, without a
+restart and without a refused connection. Probes are on a port of their own, without TLS.
+"""
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import signal
+import ssl
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from hypercorn.asyncio import serve
+from hypercorn.config import Config
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from behest_operator.sidecar import Template
+from behest_operator.webhook import ReviewError, review
+
+logger = logging.getLogger(__name__)
+
+BODY_BYTES_MAX = 3 * 1024 * 1024
+"""An object in etcd is at most half of it."""
+RELOAD_S = 1.0
+
+
+class WebhookSettingsError(ValueError):
+    """A setting is missing or malformed; the message names it."""
+
+
+def template_from(environment: Mapping[str, str]) -> Template:
+    """The sidecar's template: JSON in the file that `BEHEST_INJECTION_TEMPLATE` names, in the spelling of `Template`.
+
+    Raises `WebhookSettingsError`.
+    """
+    name = environment.get("BEHEST_INJECTION_TEMPLATE", "")
+    if not name:
+        raise WebhookSettingsError("BEHEST_INJECTION_TEMPLATE is not set: the file with the sidecar's template (JSON)")
+    try:
+        return msgspec.json.decode(Path(name).read_bytes(), type=_StrictTemplate)
+    except OSError as error:
+        raise WebhookSettingsError(f"BEHEST_INJECTION_TEMPLATE: {name} cannot be read: {error.strerror}") from None
+    except msgspec.DecodeError as error:
+        raise WebhookSettingsError(f"BEHEST_INJECTION_TEMPLATE: {name}: {error}") from None
+
+
+class _StrictTemplate(Template, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A misspelt member is an error, not a default."""
+
+
+def application(template: Template) -> Starlette:
+    """The webhook as an ASGI application: POST /inject."""
+
+    async def inject(request: Request) -> Response:
+        body = bytearray()
+        async for part in request.stream():
+            body += part
+            if len(body) > BODY_BYTES_MAX:
+                return PlainTextResponse("the review is too large", 413)
+        try:
+            return JSONResponse(review(json.loads(body), template))
+        except (ReviewError, ValueError) as error:
+            return PlainTextResponse(str(error), 400)
+
+    return Starlette(routes=[Route("/inject", inject, methods=["POST"])])
+
+
+def probes() -> Starlette:
+    """Liveness and readiness."""
+
+    async def well(_request: Request) -> Response:
+        return PlainTextResponse("ok")
+
+    return Starlette(routes=[Route("/healthz", well), Route("/readyz", well)])
+
+
+class _TlsConfig(Config):
+    """Hypercorn's configuration with a TLS context that is kept, so that its certificate can be exchanged."""
+
+    context: ssl.SSLContext
+
+    def create_ssl_context(self) -> ssl.SSLContext | None:
+        return self.context if self.ssl_enabled else None
+
+
+async def run_server(template: Template, folder: Path, *, bind: str, probe_bind: str, stop: asyncio.Event) -> None:
+    """Serve until `stop` is set. `folder` has `tls.crt` and `tls.key`."""
+    certificate, key = folder / "tls.crt", folder / "tls.key"
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["h2", "http/1.1"])
+    context.load_cert_chain(certificate, key)
+    config = _TlsConfig()
+    config.context = context
+    config.certfile, config.keyfile = str(certificate), str(key)
+    config.bind = [bind]
+    config.graceful_timeout = 5
+    config.errorlog = None
+    probe_config = Config()
+    probe_config.bind = [probe_bind]
+    probe_config.errorlog = None
+    async with asyncio.TaskGroup() as group:
+        group.create_task(serve(application(template), config, shutdown_trigger=stop.wait))  # type: ignore[arg-type]
+        group.create_task(serve(probes(), probe_config, shutdown_trigger=stop.wait))  # type: ignore[arg-type]
+        reloading = group.create_task(_reload(context, certificate, key))
+        await stop.wait()
+        reloading.cancel()
+
+
+async def _reload(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
+    """Take the files of a rotated certificate: new connections get it, open ones go on."""
+    seen = _stamp(certificate, key)
+    while True:
+        await asyncio.sleep(RELOAD_S)
+        found = _stamp(certificate, key)
+        if found == seen:
+            continue
+        try:
+            context.load_cert_chain(certificate, key)
+        except (OSError, ssl.SSLError) as error:
+            # Both halves are exchanged one after the other: the next look finds them whole.
+            logger.warning("the certificate cannot be taken yet: %s", error)
+            continue
+        seen = found
+        logger.info("serving a new certificate")
+
+
+def _stamp(*files: Path) -> list[bytes]:
+    return [file.read_bytes() if file.exists() else b"" for file in files]
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `webhook` to the commands of `behest`."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "webhook",
+        help="run the webhook that adds sidecars to pods (Kubernetes)",
+        description="Run the admission webhook until SIGTERM.",
+        epilog="environment:\n"
+        "  BEHEST_INJECTION_TEMPLATE  the file with the sidecar's template (JSON)\n"
+        "  BEHEST_WEBHOOK_TLS_DIR     the folder with tls.crt and tls.key (default: /etc/behest-webhook)\n"
+        "  BEHEST_WEBHOOK_BIND        where the API server connects (default: 0.0.0.0:9443)\n"
+        "  BEHEST_WEBHOOK_PROBE_BIND  where probes connect (default: 0.0.0.0:9081)",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    del parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve until SIGTERM or SIGINT. Exit status 2: a mistake in the environment."""
+    del arguments
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        template = template_from(os.environ)
+        asyncio.run(_main(template))
+    except (WebhookSettingsError, OSError) as error:
+        print(f"behest webhook: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+async def _main(template: Template) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    logger.info("injecting the sidecar %s, template %s", template.image, template.hash)
+    await run_server(
+        template,
+        Path(os.environ.get("BEHEST_WEBHOOK_TLS_DIR", "/etc/behest-webhook")),
+        bind=os.environ.get("BEHEST_WEBHOOK_BIND", "0.0.0.0:9443"),  # noqa: S104 - a pod's own address
+        probe_bind=os.environ.get("BEHEST_WEBHOOK_PROBE_BIND", "0.0.0.0:9081"),  # noqa: S104
+        stop=stop,
+    )
