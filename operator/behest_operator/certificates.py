@@ -58,11 +58,11 @@ def renewed(found: Certificates | None, *, names: list[str], now: datetime) -> C
     trusted_since = newest.not_valid_before_utc + _BACKDATED
     if found.signing_ca != _pem(newest) and now - trusted_since >= TRUSTED_BEFORE_USE:
         result = msgspec.structs.replace(result, signing_ca=_pem(newest), signing_ca_key=found.ca_key)
-    leaf = x509.load_pem_x509_certificate(found.leaf)
+    current = x509.load_pem_x509_certificate(found.leaf)
     if (
         result is not found
-        or leaf.not_valid_after_utc - now < LEAF_RENEWED_BEFORE_END
-        or _names_of(leaf) != sorted(names)
+        or current.not_valid_after_utc - now < LEAF_RENEWED_BEFORE_END
+        or _names_of(current) != sorted(names)
     ):
         pem, key = _leaf(result.signing_ca, result.signing_ca_key, names, now)
         result = msgspec.structs.replace(result, leaf=pem, leaf_key=key)

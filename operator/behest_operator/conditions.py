@@ -21,9 +21,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     """A sentence for people."""
 
 
-def merged(
-    found: Sequence[Condition], findings: Sequence[Finding], *, generation: int, now: str
-) -> list[Condition]:
+def merged(found: Sequence[Condition], findings: Sequence[Finding], *, generation: int, now: str) -> list[Condition]:
     """The conditions with the findings in them; `now` (RFC 3339) is the time of those whose status changed."""
     by_type = {condition["type"]: condition for condition in found if "type" in condition}
     for finding in findings:

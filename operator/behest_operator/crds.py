@@ -178,8 +178,7 @@ _MORE: dict[str, Schema] = {
             "alignment must be Calendar for the period Lifetime, which neither begins nor ends",
         ),
         (
-            "self.period == oldSelf.period && self.alignment == oldSelf.alignment"
-            " && self.timeZone == oldSelf.timeZone",
+            "self.period == oldSelf.period && self.alignment == oldSelf.alignment && self.timeZone == oldSelf.timeZone",
             "period, alignment and timeZone are immutable: make a new Budget",
         ),
     ),
@@ -188,8 +187,7 @@ _MORE: dict[str, Schema] = {
         "maxItems": ALERT_THRESHOLDS_MAX,
         **_rules(
             (
-                "self.all(i, i >= 1 && i <= 100) && self.all(i, self.filter(j, j == i).size() == 1)"
-                " && self.isSorted()",
+                "self.all(i, i >= 1 && i <= 100) && self.all(i, self.filter(j, j == i).size() == 1) && self.isSorted()",
                 "must be percents from 1 to 100 that ascend without repetition",
             )
         ),
@@ -239,16 +237,23 @@ _STATUS: dict[str, dict[str, Schema]] = {
         "held": {"type": "string", "description": "Reserved for requests that run, and for those of lost sidecars."},
         "remaining": {"type": "string", "description": "Of the fullest subject; of the budget itself without `per`."},
         "windowEndsAt": {"type": "string", "format": "date-time"},
+        "overrun": {"type": "string", "description": "Charged beyond what the budget could pay."},
         "subjects": {
             "type": "object",
+            "description": "How many values of `per` have a current window, and how many of those cannot pay any more.",
             "properties": {"active": _COUNT, "exhausted": _COUNT},
         },
-        "biggestSubjects": {
+        "biggest": {
             "type": "array",
+            "description": "The subjects that used most.",
             "maxItems": 5,
             "items": {
                 "type": "object",
-                "properties": {"subject": _TEXT, "spent": _TEXT, "held": _TEXT, "remaining": _TEXT},
+                "properties": {
+                    "subject": {"type": "object", "maxProperties": 8, "additionalProperties": {"type": "string"}},
+                    "spent": _TEXT,
+                    "held": _TEXT,
+                },
             },
         },
     },

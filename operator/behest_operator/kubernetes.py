@@ -52,9 +52,7 @@ class Credentials:
         if host and (SERVICE_ACCOUNT / "token").exists():
             shown_host = f"[{host}]" if ":" in host else host
             context = ssl.create_default_context(cafile=str(SERVICE_ACCOUNT / "ca.crt"))
-            return cls(
-                server=f"https://{shown_host}:{port}", context=context, token_file=SERVICE_ACCOUNT / "token"
-            )
+            return cls(server=f"https://{shown_host}:{port}", context=context, token_file=SERVICE_ACCOUNT / "token")
         kubeconfig = os.environ.get("KUBECONFIG")
         if not kubeconfig:
             raise KubernetesError(0, "this is no pod with a service account, and KUBECONFIG is not set")

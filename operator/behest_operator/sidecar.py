@@ -67,7 +67,7 @@ def patch(pod: Pod, *, namespace: str, template: Template) -> Patch:
     wishes = wishes_of(metadata.get("annotations") or {})
     _check(pod, wishes)
     settings = _Settings.of(template, wishes)
-    wanted = {
+    wanted: dict[str, Any] = {
         "/metadata/annotations": _annotations(metadata, template),
         "/spec/volumes": _volumes(spec, settings),
         "/spec/initContainers": [
@@ -99,9 +99,7 @@ class _Settings(msgspec.Struct, frozen=True, kw_only=True):
     @classmethod
     def of(cls, template: Template, wishes: Wishes) -> "_Settings":
         given = {
-            field: value
-            for field in Template.__struct_fields__
-            if (value := getattr(wishes, field, None)) is not None
+            field: value for field in Template.__struct_fields__ if (value := getattr(wishes, field, None)) is not None
         }
         merged = msgspec.structs.replace(template, **given)
         project = wishes.project or template.default_project
@@ -151,7 +149,7 @@ def _annotations(metadata: Pod, template: Template) -> dict[str, str]:
 
 
 def _volumes(spec: Pod, settings: _Settings) -> list[Pod]:
-    ours = [
+    ours: list[Pod] = [
         {"name": SECRET_VOLUME, "secret": {"secretName": SECRET, "defaultMode": 0o444}},
         {"name": JOURNAL_VOLUME, "emptyDir": {"sizeLimit": settings.template.journal_size}},
     ]
@@ -194,9 +192,7 @@ def _owner(pod: Pod) -> str:
 
 def _container(pod: Pod, namespace: str, settings: _Settings) -> Pod:
     template = settings.template
-    labels = {
-        key: value for key, value in (pod.get("metadata", {}).get("labels") or {}).items() if key != INJECT_LABEL
-    }
+    labels = {key: value for key, value in (pod.get("metadata", {}).get("labels") or {}).items() if key != INJECT_LABEL}
     plain = {
         "BEHEST_DATABASE_URL_FILE": f"{SECRET_PATH}/database-url",
         "BEHEST_SIGNING_KEY_FILE": f"{SECRET_PATH}/signing-key.pem",
@@ -213,7 +209,7 @@ def _container(pod: Pod, namespace: str, settings: _Settings) -> Pod:
     }
     if settings.by_workload:
         plain["BEHEST_POD_BIND"] = f"127.0.0.1:{template.pod_port}"
-    environment = [{"name": name, "value": value} for name, value in plain.items()]
+    environment: list[Pod] = [{"name": name, "value": value} for name, value in plain.items()]
     environment.append({"name": "BEHEST_NAME", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}})
     requests = {"cpu": template.cpu_request, "memory": template.memory_request}
     limits = {"cpu": template.cpu_limit, "memory": template.memory_limit}

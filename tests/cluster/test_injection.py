@@ -38,9 +38,7 @@ def test_a_labelled_pod_comes_back_with_a_native_sidecar_under_the_restricted_st
     assert found["metadata"]["annotations"]["behest.ai/template-hash"] == TEMPLATE.hash
 
 
-def test_what_came_back_needs_no_further_patch(
-    control_plane: ControlPlane, webhook: Webhook, namespace: str
-) -> None:
+def test_what_came_back_needs_no_further_patch(control_plane: ControlPlane, webhook: Webhook, namespace: str) -> None:
     control_plane.apply(labelled_pod("web", namespace))
     found = control_plane.get("pod", "web", namespace)
     assert patch(found, namespace=namespace, template=TEMPLATE) == []

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias, assert_never
 import msgspec
 
 from behest_ledger.configuration.globs import is_pattern, matches
-from behest_ledger.configuration.kinds import Budget, Manifest, Project, Tier, Upstream, wire_spec
+from behest_ledger.configuration.kinds import Budget, KindName, Manifest, Project, Tier, Upstream, wire_spec
 from behest_ledger.configuration.problems import InvalidManifestsError, ManifestError, place, shown
 from behest_ledger.configuration.records import (
     BudgetRecord,
@@ -60,15 +60,26 @@ class PutBudget(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DeleteBudget(msgspec.Struct, frozen=True, kw_only=True):
-    """End a budget that its Tier no longer has; its history stays."""
+    """End a budget; its history stays, and if it comes back, its current windows go on."""
 
     tenant_id: str
     budget_id: str
-    tier: str
+    tier: str | None = None
+    """The Tier that it belonged to, None: a Budget resource."""
     action: Literal["deleted"] = "deleted"
 
 
-Change: TypeAlias = PutProject | PutUpstream | PutTier | PutBudget | DeleteBudget
+class DeleteSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Delete the row of a Project, Upstream or Tier."""
+
+    kind: Literal["Project", "Upstream", "Tier"]
+    tenant_id: str
+    namespace: str
+    name: str
+    action: Literal["deleted"] = "deleted"
+
+
+Change: TypeAlias = PutProject | PutUpstream | PutTier | PutBudget | DeleteBudget | DeleteSpec
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -107,6 +118,31 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         """The time zones that are to be written: the database must know them as well."""
         zones = {change.record.time_zone for change in self.pending if isinstance(change, PutBudget)}
         return tuple(sorted(zones))
+
+
+def removal(current: ConfigurationState, kind: KindName, namespace: str, name: str) -> Plan:
+    """The plan that takes one resource away, and with a Tier its budgets; empty where nothing of it is stored."""
+    place = f"{namespace}/{name}"
+    changes: list[Change] = []
+    if kind == "Budget":
+        stored_budget = current.budgets.get(place)
+        if stored_budget is not None and not stored_budget.deleted:
+            changes.append(DeleteBudget(tenant_id=stored_budget.record.tenant_id, budget_id=place))
+    else:
+        rows = {"Project": current.projects, "Upstream": current.upstreams, "Tier": current.tiers}[kind]
+        stored = rows.get(place)
+        if stored is not None:
+            changes.append(DeleteSpec(kind=kind, tenant_id=stored.tenant_id, namespace=namespace, name=name))
+    if kind == "Tier":
+        prefix = f"{namespace}/{tier_budget_prefix(name)}"
+        changes += [
+            DeleteBudget(tenant_id=budget.record.tenant_id, budget_id=budget_id, tier=name)
+            for budget_id, budget in sorted(current.budgets.items())
+            if budget_id.startswith(prefix) and not budget.deleted
+        ]
+    action: Action = "deleted" if changes else "unchanged"
+    outcome = Outcome(kind=kind, namespace=namespace, name=name, action=action)
+    return Plan(changes=tuple(changes), outcomes=(outcome,), warnings=())
 
 
 TenantOfNamespace: TypeAlias = Mapping[str, str] | Callable[[str], str]

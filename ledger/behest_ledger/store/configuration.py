@@ -11,18 +11,21 @@ from typing import Any, assert_never
 import asyncpg
 import msgspec
 
-from behest_ledger.configuration.kinds import Manifest
+from behest_ledger.configuration.kinds import KindName, Manifest
 from behest_ledger.configuration.manifests import parse
 from behest_ledger.configuration.plan import (
     Change,
     DeleteBudget,
+    DeleteSpec,
     Outcome,
     Plan,
     PutBudget,
     PutProject,
     PutTier,
     PutUpstream,
+    TenantOfNamespace,
     plan,
+    removal,
     tenants_of_namespaces,
 )
 from behest_ledger.configuration.problems import InvalidManifestsError, ManifestError, shown
@@ -73,6 +76,11 @@ _DELETE_BUDGET = """
 UPDATE ledger.budget SET deleted_at = clock_timestamp(), generation = generation + 1
 WHERE tenant_id = $1 AND budget_id = $2 AND deleted_at IS NULL
 """
+_DELETE_SPEC = {
+    "Project": "DELETE FROM ledger.project WHERE tenant_id = $1 AND namespace = $2 AND name = $3",
+    "Upstream": "DELETE FROM ledger.upstream WHERE tenant_id = $1 AND namespace = $2 AND name = $3",
+    "Tier": "DELETE FROM ledger.tier WHERE tenant_id = $1 AND namespace = $2 AND name = $3",
+}
 _BUMP = "SELECT ledger.bump_configuration_v1($1)"
 
 
@@ -111,18 +119,21 @@ async def apply_manifests(
     manifests: Sequence[Manifest],
     *,
     default_tenant: str | None = None,
+    tenants: TenantOfNamespace | None = None,
     dry_run: bool = False,
 ) -> ApplyReport:
     """Apply manifests, all or none; a dry run finds the same errors and writes nothing.
 
-    The tenant of a namespace is that of its Project, else that of what is stored there, else `default_tenant`, else
-    the namespace's own name. Raises `InvalidManifestsError`.
+    `tenants` says whose namespaces are. Where nobody says so, the tenant of a namespace is that of its Project, else
+    that of what is stored there, else `default_tenant`, else the namespace's own name. Raises `InvalidManifestsError`.
     """
     async with connected(dsn_or_connection) as connection:
         attempts_left = _ATTEMPTS_MAX
         while True:
             try:
-                planned = await _plan_and_apply(connection, manifests, default_tenant, dry_run=dry_run)
+                planned = await _plan_and_apply(
+                    connection, manifests, default_tenant=default_tenant, tenants=tenants, dry_run=dry_run
+                )
             except LedgerConflictError:
                 # Several budgets are locked one after the other, and live requests lock them in their own order.
                 attempts_left -= 1
@@ -132,14 +143,31 @@ async def apply_manifests(
                 return ApplyReport(outcomes=planned.outcomes, warnings=planned.warnings, dry_run=dry_run)
 
 
+async def remove(dsn_or_connection: str | Connection, kind: KindName, namespace: str, name: str) -> Outcome:
+    """Take one resource away. What was billed to it stays in the books; live requests of a Project end."""
+    async with connected(dsn_or_connection) as connection:
+        with mapped():
+            async with connection.transaction():
+                await connection.execute("SELECT pg_advisory_xact_lock($1)", _LOCK_KEY)
+                planned = removal(await read_state(connection, None), kind, namespace, name)
+                await apply_plan(connection, planned)
+    return planned.outcomes[0]
+
+
 async def _plan_and_apply(
-    connection: Connection, manifests: Sequence[Manifest], default_tenant: str | None, *, dry_run: bool
+    connection: Connection,
+    manifests: Sequence[Manifest],
+    *,
+    default_tenant: str | None,
+    tenants: TenantOfNamespace | None,
+    dry_run: bool,
 ) -> Plan:
     with mapped():
         async with connection.transaction():
             await connection.execute("SELECT pg_advisory_xact_lock($1)", _LOCK_KEY)
             current = await read_state(connection, None)
-            tenants = tenants_of_namespaces(current, manifests, default_tenant=default_tenant)
+            if tenants is None:
+                tenants = tenants_of_namespaces(current, manifests, default_tenant=default_tenant)
             planned = plan(current, manifests, tenant_of_namespace=tenants)
             if dry_run:
                 await _check_time_zones(connection, planned)
@@ -282,6 +310,8 @@ async def _write(connection: Connection, change: Change) -> None:
             await connection.execute(_PUT_BUDGET, _json(change.record))
         case DeleteBudget():
             await connection.execute(_DELETE_BUDGET, change.tenant_id, change.budget_id)
+        case DeleteSpec():
+            await connection.execute(_DELETE_SPEC[change.kind], change.tenant_id, change.namespace, change.name)
         case _:
             assert_never(change)
 

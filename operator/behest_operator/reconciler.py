@@ -1,0 +1,93 @@
+"""What one resource means for the ledger: apply it, or say in a condition what is wrong with it.
+
+Nothing here knows kopf. Each call is whole: killed at any point and called again, it comes to the same end.
+"""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from behest_ledger.configuration.kinds import KindName, Manifest
+from behest_ledger.configuration.manifests import from_object
+from behest_ledger.configuration.problems import InvalidManifestsError
+from behest_ledger.store.configuration import ApplyReport, apply_manifests, remove
+from behest_ledger.store.pool import Connection
+from behest_operator.conditions import Finding
+from behest_operator.tenancy import TenancyError, tenant_of
+
+logger = logging.getLogger(__name__)
+
+
+class Applied(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of one resource."""
+
+    findings: tuple[Finding, ...]
+    manifest: Manifest | None = None
+    """None: it was not accepted."""
+    tenant: str = ""
+    changed: bool = False
+    """Whether anything was written."""
+
+
+def refused(reason: str, message: str) -> Applied:
+    """The resource is not accepted; what the ledger had of it before goes on to count."""
+    return Applied(
+        findings=(
+            Finding(type="Accepted", status="False", reason=reason, message=message),
+            Finding(type="Programmed", status="False", reason="NotAccepted", message="the ledger was not changed"),
+        )
+    )
+
+
+class Reconciler:
+    """Carries resources into the ledger."""
+
+    def __init__(self, pool: Connection) -> None:
+        self._pool = pool
+
+    async def apply(self, body: Mapping[str, Any], namespace_labels: Mapping[str, str]) -> Applied:
+        """Make the ledger say what the resource says.
+
+        Raises `LedgerError`: then nothing was changed, or it is not known, and the call is to be repeated.
+        """
+        namespace = body["metadata"]["namespace"]
+        try:
+            tenant = tenant_of(namespace, namespace_labels)
+            manifest = from_object(_without_defaults(body), namespace)
+            report: ApplyReport = await apply_manifests(self._pool, [manifest], tenants={namespace: tenant})
+        except TenancyError as error:
+            return refused("NoTenant", str(error))
+        except InvalidManifestsError as error:
+            tenant_is_wrong = any(problem.path in ("spec.tenant", "spec.scope.tenant") for problem in error.errors)
+            reason = "TenantNotAllowed" if tenant_is_wrong else "Invalid"
+            return refused(reason, "; ".join(f"{item.path}: {item.reason}".lstrip(": ") for item in error.errors))
+        message = "; ".join(report.warnings)
+        return Applied(
+            findings=(
+                Finding(type="Accepted", status="True", reason="Accepted", message=message),
+                Finding(type="Programmed", status="True", reason="Programmed", message="the ledger has it"),
+            ),
+            manifest=manifest,
+            tenant=tenant,
+            changed=report.outcomes[0].action != "unchanged",
+        )
+
+    async def remove(self, kind: KindName, namespace: str, name: str) -> None:
+        """Take the resource out of the ledger. Raises `LedgerError`."""
+        outcome = await remove(self._pool, kind, namespace, name)
+        logger.info("%s in namespace %s", outcome, namespace)
+
+
+def _without_defaults(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The object as plain dictionaries; what the API server filled in is what `behest apply` assumes anyway."""
+    return {key: _plain(body[key]) for key in ("apiVersion", "kind", "metadata", "spec") if key in body}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

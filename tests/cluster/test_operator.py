@@ -1,0 +1,205 @@
+"""Resources on a real API server, carried into a real ledger by the operator process."""
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from behest_ledger.store.pool import connect
+from behest_operator.crds import KINDS, written
+from cluster.control_plane import CommandFailed, ControlPlane
+from cluster.operator_process import OperatorProcess, condition, eventually
+
+ROLE = {
+    "apiVersion": "rbac.authorization.k8s.io/v1",
+    "kind": "ClusterRole",
+    "metadata": {"name": "behest-operator"},
+    "rules": [
+        {
+            "apiGroups": ["apiextensions.k8s.io"],
+            "resources": ["customresourcedefinitions"],
+            "verbs": ["list", "watch"],
+        },
+        {
+            "apiGroups": ["behest.ai"],
+            "resources": ["projects", "upstreams", "tiers", "budgets"],
+            "verbs": ["list", "watch", "patch"],
+        },
+        {
+            "apiGroups": ["behest.ai"],
+            "resources": ["projects/status", "upstreams/status", "tiers/status", "budgets/status"],
+            "verbs": ["patch"],
+        },
+        {"apiGroups": [""], "resources": ["namespaces"], "verbs": ["get", "list", "watch"]},
+        {"apiGroups": [""], "resources": ["events"], "verbs": ["create"]},
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def crds(control_plane: ControlPlane) -> None:
+    for kind in KINDS:
+        control_plane.apply(written(kind))
+    for kind in KINDS:
+        control_plane.kubectl("wait", "--for=condition=Established", f"crd/{kind.lower()}s.behest.ai", "--timeout=30s")
+
+
+@pytest.fixture
+def operator(
+    control_plane: ControlPlane, crds: None, database: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[OperatorProcess]:
+    namespace = control_plane.namespace("operator")
+    control_plane.apply(
+        ROLE,
+        {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "operator", "namespace": namespace}},
+        {
+            "apiVersion": "rbac.authorization.k8s.io/v1",
+            "kind": "ClusterRoleBinding",
+            "metadata": {"name": namespace},
+            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "behest-operator"},
+            "subjects": [{"kind": "ServiceAccount", "name": "operator", "namespace": namespace}],
+        },
+    )
+    process = OperatorProcess(
+        plane=control_plane,
+        dsn=database,
+        kubeconfig=control_plane.kubeconfig_of("operator", namespace),
+        log=tmp_path_factory.mktemp("operator") / "operator.log",
+    )
+    process.start()
+    yield process
+    process.stop()
+    assert "Traceback" not in process.log.read_text(), process.log.read_text()
+
+
+def budget(namespace: str, name: str = "sessions", **changes: Any) -> dict[str, Any]:
+    spec: dict[str, Any] = {
+        "scope": {"project": "shop"},
+        "per": ["session"],
+        "limit": {"amount": "0.50", "currency": "USD"},
+        "window": {"period": "Day"},
+    }
+    spec.update(changes)
+    return {
+        "apiVersion": "behest.ai/v1alpha1",
+        "kind": "Budget",
+        "metadata": {"name": name, "namespace": namespace},
+        "spec": spec,
+    }
+
+
+def project(namespace: str, **spec: Any) -> dict[str, Any]:
+    return {
+        "apiVersion": "behest.ai/v1alpha1",
+        "kind": "Project",
+        "metadata": {"name": "shop", "namespace": namespace},
+        "spec": {"defaultModel": "gpt-4o-mini", **spec},
+    }
+
+
+def rows(dsn: str, sql: str, *arguments: Any) -> list[dict[str, Any]]:
+    async def fetch() -> list[dict[str, Any]]:
+        connection = await connect(dsn)
+        try:
+            return [dict(row) for row in await connection.fetch(sql, *arguments)]
+        finally:
+            await connection.close()
+
+    return asyncio.run(fetch())
+
+
+def test_what_is_applied_is_in_the_ledger_and_its_status_says_so(
+    control_plane: ControlPlane, operator: OperatorProcess
+) -> None:
+    namespace = control_plane.namespace()
+    control_plane.apply(project(namespace), budget(namespace))
+    eventually(lambda: condition(control_plane, "budget", "sessions", namespace, "Programmed"), timeout_s=10)
+    found = rows(operator.dsn, "SELECT tenant_id, limit_amount::text FROM ledger.budget WHERE namespace = $1", namespace)
+    assert found == [{"tenant_id": namespace, "limit_amount": "500000000000"}]
+    table = eventually(
+        lambda: (text := control_plane.kubectl("get", "budgets", "--namespace", namespace)) and "Active" in text and text
+    )
+    assert table.split()[:8] == ["NAME", "SCOPE", "LIMIT", "SPENT", "HELD", "REMAINING", "WINDOW", "PHASE"]
+    assert "project=shop per session" in table
+    assert "0.5 USD" in table
+
+
+def test_a_changed_limit_reaches_the_ledger_and_a_changed_unit_is_refused(
+    control_plane: ControlPlane, operator: OperatorProcess
+) -> None:
+    namespace = control_plane.namespace()
+    control_plane.apply(budget(namespace))
+    eventually(lambda: rows(operator.dsn, "SELECT 1 FROM ledger.budget WHERE namespace = $1", namespace))
+    control_plane.apply(budget(namespace, limit={"amount": "2", "currency": "USD"}))
+    eventually(
+        lambda: rows(
+            operator.dsn, "SELECT 1 FROM ledger.budget WHERE namespace = $1 AND limit_amount = 2e12", namespace
+        )
+    )
+    with pytest.raises(CommandFailed, match="the unit is immutable: make a new Budget"):
+        control_plane.kubectl(
+            "patch", "budget", "sessions", "--namespace", namespace, "--type=merge",
+            "--patch", '{"spec":{"limit":{"amount":null,"currency":null,"tokens":5}}}',
+        )  # fmt: skip
+
+
+def test_a_deleted_budget_leaves_the_ledger_but_not_its_history(
+    control_plane: ControlPlane, operator: OperatorProcess
+) -> None:
+    namespace = control_plane.namespace()
+    control_plane.apply(budget(namespace))
+    eventually(lambda: rows(operator.dsn, "SELECT 1 FROM ledger.budget WHERE namespace = $1", namespace))
+    control_plane.kubectl("delete", "budget", "sessions", "--namespace", namespace, "--timeout=20s")
+    found = rows(operator.dsn, "SELECT deleted_at IS NOT NULL AS deleted FROM ledger.budget WHERE namespace = $1", namespace)
+    assert found == [{"deleted": True}]
+
+
+def test_a_namespace_may_not_claim_the_tenant_of_another(
+    control_plane: ControlPlane, operator: OperatorProcess
+) -> None:
+    namespace = control_plane.namespace()
+    control_plane.apply(project(namespace, tenant="acme"))
+    found = eventually(lambda: condition(control_plane, "project", "shop", namespace, "Accepted"))
+    assert (found["status"], found["reason"]) == ("False", "TenantNotAllowed")
+    assert "belongs to" in found["message"]
+    assert rows(operator.dsn, "SELECT 1 FROM ledger.project WHERE namespace = $1", namespace) == []
+
+
+def test_a_label_of_the_namespace_names_its_tenant(control_plane: ControlPlane, operator: OperatorProcess) -> None:
+    namespace = control_plane.namespace(labels={"behest.ai/tenant": "acme"})
+    control_plane.apply(project(namespace, tenant="acme"))
+    eventually(lambda: rows(operator.dsn, "SELECT 1 FROM ledger.project WHERE tenant_id = 'acme'"))
+
+
+def test_what_only_the_operator_can_see_is_wrong_is_told_in_a_condition(
+    control_plane: ControlPlane, operator: OperatorProcess
+) -> None:
+    namespace = control_plane.namespace()
+    control_plane.apply(budget(namespace, window={"period": "Day", "timeZone": "Mars/Olympus"}))
+    found = eventually(lambda: condition(control_plane, "budget", "sessions", namespace, "Accepted"))
+    assert (found["status"], found["reason"]) == ("False", "Invalid")
+    assert found["message"].startswith('spec.window.timeZone: must be an IANA time zone')
+    assert rows(operator.dsn, "SELECT 1 FROM ledger.budget WHERE namespace = $1", namespace) == []
+
+
+def test_an_operator_that_was_killed_comes_to_the_same_end(
+    control_plane: ControlPlane, operator: OperatorProcess
+) -> None:
+    namespace = control_plane.namespace()
+    for number in range(6):
+        control_plane.apply(budget(namespace, f"b{number}"))
+        operator.stop(kill=True)
+        operator.start()
+    control_plane.kubectl("delete", "budget", "b0", "--namespace", namespace, "--wait=false")
+    operator.stop(kill=True)
+    operator.start()
+
+    def gone() -> bool:
+        return "b0" not in control_plane.kubectl("get", "budgets", "--namespace", namespace, "--output=name")
+
+    eventually(gone, what="the end of the finalizer")
+    live = rows(
+        operator.dsn, "SELECT name FROM ledger.budget WHERE namespace = $1 AND deleted_at IS NULL ORDER BY 1", namespace
+    )
+    assert [row["name"] for row in live] == ["b1", "b2", "b3", "b4", "b5"]
