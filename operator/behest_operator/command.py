@@ -12,12 +12,14 @@ from typing import Any
 import kopf
 import msgspec
 
+from behest_ledger.sealing import SealingError, key_from_text
 from behest_ledger.store.errors import LedgerError, SchemaError
 from behest_ledger.store.keeper import Keeper
 from behest_ledger.store.migrate import check_schema
 from behest_ledger.store.pool import open_pool
 from behest_operator.handlers import Handlers, configure
 from behest_operator.kubernetes import Credentials, Kubernetes, KubernetesError
+from behest_operator.namespace_secrets import NamespaceSecrets
 from behest_operator.reconciler import Reconciler
 from behest_operator.status import BudgetBoard
 
@@ -33,6 +35,10 @@ class OperatorSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     database_url: str
     """The ledger, by its owner's role. Or `BEHEST_DATABASE_URL_FILE`."""
+    master_key: bytes
+    """32 bytes; in the environment `BEHEST_MASTER_KEY_FILE`, a file with them in base64."""
+    sidecar_database_url: str
+    """The ledger as sidecars reach it; their own logins are put in. Absent: as the operator reaches it."""
     namespaces: tuple[str, ...] = ()
     """Those that are looked after, with commas between them; empty: all."""
     liveness_bind: str = "0.0.0.0:8081"  # noqa: S104 - a pod's own address
@@ -51,6 +57,14 @@ class OperatorSettings(msgspec.Struct, frozen=True, kw_only=True):
         if not url:
             raise OperatorSettingsError("BEHEST_DATABASE_URL is not set: the ledger, by its owner's role")
         given["database_url"] = url
+        given["sidecar_database_url"] = environment.get("BEHEST_SIDECAR_DATABASE_URL") or url
+        key_file = environment.get("BEHEST_MASTER_KEY_FILE")
+        if not key_file:
+            raise OperatorSettingsError("BEHEST_MASTER_KEY_FILE is not set: a file with 32 bytes in base64")
+        try:
+            given["master_key"] = key_from_text(Path(key_file).read_text())
+        except (OSError, SealingError) as error:
+            raise OperatorSettingsError(f"BEHEST_MASTER_KEY_FILE: {key_file}: {error}") from None
         if names := environment.get("BEHEST_NAMESPACES", "").strip():
             given["namespaces"] = tuple(name.strip() for name in names.split(",") if name.strip())
         if bind := environment.get("BEHEST_LIVENESS_BIND"):
@@ -67,6 +81,8 @@ def add_parser(subparsers: Any) -> None:
         " status; keep the ledger. Until SIGTERM.",
         epilog="environment:\n"
         "  BEHEST_DATABASE_URL   the ledger, by its owner's role; or BEHEST_DATABASE_URL_FILE\n"
+        "  BEHEST_SIDECAR_DATABASE_URL  the ledger as sidecars reach it (default: as the operator does)\n"
+        "  BEHEST_MASTER_KEY_FILE  a file with 32 bytes in base64, under which providers' keys are sealed\n"
         "  BEHEST_NAMESPACES     those that are looked after, with commas between them (default: all)\n"
         "  BEHEST_LIVENESS_BIND  where probes connect (default: 0.0.0.0:8081)\n"
         "  KUBECONFIG            outside a pod: how to reach the API server",
@@ -125,7 +141,13 @@ class _Process:
             raise kopf.TemporaryError(f"the ledger cannot be reached: {error}", delay=2) from None
         await self._kubernetes.__aenter__()
         board = BudgetBoard(self._pool, self._kubernetes)
-        Handlers(Reconciler(self._pool), self._kubernetes, board).register(self._registry)
+        secrets = NamespaceSecrets(
+            kubernetes=self._kubernetes,
+            pool=self._pool,
+            master_key=self._settings.master_key,
+            sidecar_dsn=self._settings.sidecar_database_url,
+        )
+        Handlers(Reconciler(self._pool, secrets), self._kubernetes, board).register(self._registry)
         keeper = Keeper(self._settings.database_url)
         self._tasks = [
             asyncio.create_task(keeper.run(), name="keeper"),

@@ -7,7 +7,7 @@ from typing import Any
 
 import kopf
 
-from behest_ledger.configuration.kinds import KindName
+from behest_ledger.configuration.kinds import KindName, Project
 from behest_ledger.store.errors import LedgerError
 from behest_operator.conditions import Finding, merged
 from behest_operator.crds import GROUP, KINDS, VERSION
@@ -18,8 +18,8 @@ from behest_operator.status import BudgetBoard
 logger = logging.getLogger(__name__)
 
 RETRY_S = 2.0
-RESYNC_S = 60.0
-"""How often everything is applied again: whatever was changed beside the API server is mended."""
+RESYNC_S = 15.0
+"""How often everything is applied again: Secrets that came or changed are taken, whatever was lost is mended."""
 PREFIX = "behest.ai"
 
 
@@ -61,7 +61,8 @@ class Handlers:
             await self._reconciler.remove(kind, namespace, name)
         except LedgerError as error:
             raise kopf.TemporaryError(f"the ledger could not be reached: {error}", delay=RETRY_S) from None
-        self._board.forget(namespace, name) if kind == "Budget" else None
+        if kind == "Budget":
+            self._board.forget(namespace, name)
 
     async def _seen(self, *, body: kopf.Body, type: str | None, **_: Any) -> None:  # noqa: A002 - kopf's name
         if type == "DELETED":
@@ -76,7 +77,7 @@ class Handlers:
             labels: Mapping[str, str] = (found or {}).get("metadata", {}).get("labels") or {}
             return await self._reconciler.apply(body, labels)
         except KubernetesError as error:
-            raise kopf.TemporaryError(f"namespace {namespace} could not be read: {error}", delay=RETRY_S) from None
+            raise kopf.TemporaryError(f"the API server refused a call: {error}", delay=RETRY_S) from None
         except LedgerError as error:
             raise kopf.TemporaryError(f"the ledger could not be reached: {error}", delay=RETRY_S) from None
 
@@ -87,9 +88,11 @@ def _write(applied: Applied, body: kopf.Body, patch: kopf.Patch) -> None:
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     patch.status["conditions"] = merged(found, applied.findings, generation=generation, now=now)
     patch.status["observedGeneration"] = generation
-    if body["kind"] == "Project" and applied.manifest is not None:
+    if isinstance(applied.manifest, Project):
         patch.status["projectID"] = applied.manifest.qualified_name
         patch.status["tenant"] = applied.tenant
+        secret_name = applied.manifest.spec.api_key_secret_name
+        patch.status["apiKey"] = {"secretName": secret_name, "key": "api-key"} if secret_name else None
 
 
 def _differs(applied: Applied, body: kopf.Body) -> bool:

@@ -5,16 +5,18 @@ Nothing here knows kopf. Each call is whole: killed at any point and called agai
 
 import logging
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
 
-from behest_ledger.configuration.kinds import KindName, Manifest
+from behest_ledger.configuration.kinds import KindName, Manifest, Project, Upstream
 from behest_ledger.configuration.manifests import from_object
 from behest_ledger.configuration.problems import InvalidManifestsError
 from behest_ledger.store.configuration import ApplyReport, apply_manifests, remove
 from behest_ledger.store.pool import Connection
 from behest_operator.conditions import Finding
+from behest_operator.namespace_secrets import NamespaceSecrets
 from behest_operator.tenancy import TenancyError, tenant_of
 
 logger = logging.getLogger(__name__)
@@ -44,13 +46,14 @@ def refused(reason: str, message: str) -> Applied:
 class Reconciler:
     """Carries resources into the ledger."""
 
-    def __init__(self, pool: Connection) -> None:
+    def __init__(self, pool: Connection, secrets: NamespaceSecrets) -> None:
         self._pool = pool
+        self._secrets = secrets
 
     async def apply(self, body: Mapping[str, Any], namespace_labels: Mapping[str, str]) -> Applied:
         """Make the ledger say what the resource says.
 
-        Raises `LedgerError`: then nothing was changed, or it is not known, and the call is to be repeated.
+        Raises `LedgerError` and `KubernetesError`: the call is to be repeated.
         """
         namespace = body["metadata"]["namespace"]
         try:
@@ -68,11 +71,24 @@ class Reconciler:
             findings=(
                 Finding(type="Accepted", status="True", reason="Accepted", message=message),
                 Finding(type="Programmed", status="True", reason="Programmed", message="the ledger has it"),
+                *await self._secrets_of(manifest, tenant),
             ),
             manifest=manifest,
             tenant=tenant,
             changed=report.outcomes[0].action != "unchanged",
         )
+
+    async def _secrets_of(self, manifest: Manifest, tenant: str) -> list[Finding]:
+        """What the resource needs beside the ledger's tables."""
+        match manifest:
+            case Project():
+                made = await self._secrets.ensure_for_sidecars(manifest.namespace, tenant, now=datetime.now(UTC))
+                key = await self._secrets.ensure_api_key(manifest, tenant)
+                return [made] if key is None else [made, key]
+            case Upstream():
+                return [await self._secrets.take_provider_key(manifest, tenant)]
+            case _:
+                return []
 
     async def remove(self, kind: KindName, namespace: str, name: str) -> None:
         """Take the resource out of the ledger. Raises `LedgerError`."""

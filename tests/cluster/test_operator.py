@@ -1,6 +1,7 @@
 """Resources on a real API server, carried into a real ledger by the operator process."""
 
 import asyncio
+import base64
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,6 +34,7 @@ ROLE = {
         },
         {"apiGroups": [""], "resources": ["namespaces"], "verbs": ["get", "list", "watch"]},
         {"apiGroups": [""], "resources": ["events"], "verbs": ["create"]},
+        {"apiGroups": [""], "resources": ["secrets"], "verbs": ["get", "create", "update"]},
     ],
 }
 
@@ -61,11 +63,14 @@ def operator(
             "subjects": [{"kind": "ServiceAccount", "name": "operator", "namespace": namespace}],
         },
     )
+    folder = tmp_path_factory.mktemp("operator")
+    (folder / "master-key").write_text(base64.b64encode(bytes(range(32))).decode())
     process = OperatorProcess(
         plane=control_plane,
         dsn=database,
         kubeconfig=control_plane.kubeconfig_of("operator", namespace),
-        log=tmp_path_factory.mktemp("operator") / "operator.log",
+        log=folder / "operator.log",
+        environment={"BEHEST_MASTER_KEY_FILE": str(folder / "master-key")},
     )
     process.start()
     yield process
@@ -181,6 +186,62 @@ def test_what_only_the_operator_can_see_is_wrong_is_told_in_a_condition(
     assert (found["status"], found["reason"]) == ("False", "Invalid")
     assert found["message"].startswith('spec.window.timeZone: must be an IANA time zone')
     assert rows(operator.dsn, "SELECT 1 FROM ledger.budget WHERE namespace = $1", namespace) == []
+
+
+def secret(plane: ControlPlane, name: str, namespace: str) -> dict[str, str] | None:
+    try:
+        found = plane.get("secret", name, namespace)
+    except CommandFailed:
+        return None
+    return {key: base64.b64decode(value).decode() for key, value in found["data"].items()}
+
+
+def test_a_project_brings_its_namespace_what_sidecars_need(
+    control_plane: ControlPlane, operator: OperatorProcess
+) -> None:
+    namespace = control_plane.namespace(labels={"behest.ai/tenant": "acme"})
+    control_plane.apply(project(namespace, apiKeySecretName="shop-key"))
+    found = eventually(lambda: secret(control_plane, "behest-sidecar", namespace))
+    assert found["tenant"] == "acme"
+    assert len(base64.b64decode(found["data-key"])) == 32
+    assert rows(found["database-url"], "SELECT ledger.session_tenants_v1() AS tenants") == [{"tenants": ["acme"]}]
+    key = eventually(lambda: secret(control_plane, "shop-key", namespace))
+    assert key["api-key"].startswith("behest_sk_live_")
+    operator.stop(kill=True)
+    operator.start()
+    eventually(lambda: condition(control_plane, "project", "shop", namespace, "ApiKeyReady"))
+    assert secret(control_plane, "behest-sidecar", namespace) == found
+    assert secret(control_plane, "shop-key", namespace) == key
+    assert len(rows(operator.dsn, "SELECT 1 FROM ledger.api_key WHERE project_id = $1", f"{namespace}/shop")) == 1
+
+
+def test_a_missing_secret_of_an_upstream_is_named_and_taken_once_it_is_there(
+    control_plane: ControlPlane, operator: OperatorProcess
+) -> None:
+    namespace = control_plane.namespace()
+    control_plane.apply(
+        {
+            "apiVersion": "behest.ai/v1alpha1",
+            "kind": "Upstream",
+            "metadata": {"name": "openai", "namespace": namespace},
+            "spec": {
+                "baseURL": "https://api.openai.com/v1",
+                "credentials": {"secretKeyRef": {"name": "openai", "key": "api-key"}},
+            },
+        }
+    )
+    found = eventually(lambda: condition(control_plane, "upstream", "openai", namespace, "CredentialsReady"))
+    assert found["message"] == "there is no key api-key of Secret openai: create it"
+    control_plane.kubectl(
+        "create", "secret", "generic", "openai", "--namespace", namespace, "--from-literal=api-key=sk-0123456789abcdef"
+    )
+
+    def taken() -> list[dict[str, Any]]:
+        return rows(operator.dsn, "SELECT last_four, sealed FROM ledger.provider_key WHERE tenant_id = $1", namespace)
+
+    (row,) = eventually(taken, timeout_s=40)
+    assert row["last_four"] == "cdef"
+    assert b"sk-0123" not in row["sealed"]
 
 
 def test_an_operator_that_was_killed_comes_to_the_same_end(

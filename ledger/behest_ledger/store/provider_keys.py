@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 
 from behest_ledger.sealing import NONCE_BYTES, SealingError, opened, seal
+from behest_ledger.store.configuration import connected
 from behest_ledger.store.errors import mapped
 from behest_ledger.store.pool import Connection
 
@@ -42,8 +43,8 @@ async def put_key(connection: Connection, *, tenant_id: str, place: str, secret:
             return False
     sealed = seal(key, secret, place=f"{tenant_id} {place}", nonce=os.urandom(NONCE_BYTES))
     with mapped():
-        async with connection.transaction():
-            await connection.execute(
+        async with connected(connection) as writer, writer.transaction():
+            await writer.execute(
                 "INSERT INTO ledger.provider_key (tenant_id, place, sealed, last_four) VALUES ($1, $2, $3, $4)"
                 " ON CONFLICT (tenant_id, place) DO UPDATE SET sealed = excluded.sealed,"
                 " last_four = excluded.last_four, written_at = clock_timestamp()",
@@ -52,19 +53,19 @@ async def put_key(connection: Connection, *, tenant_id: str, place: str, secret:
                 sealed,
                 secret[-4:] if len(secret) >= 12 else "",
             )
-            await connection.fetchval("SELECT ledger.bump_configuration_v1($1)", tenant_id)
+            await writer.fetchval("SELECT ledger.bump_configuration_v1($1)", tenant_id)
     return True
 
 
 async def delete_key(connection: Connection, *, tenant_id: str, place: str) -> bool:
     """Forget a provider's key. False: there was none."""
     with mapped():
-        async with connection.transaction():
-            found = await connection.fetchval(
+        async with connected(connection) as writer, writer.transaction():
+            found = await writer.fetchval(
                 "DELETE FROM ledger.provider_key WHERE tenant_id = $1 AND place = $2 RETURNING 1", tenant_id, place
             )
             if found is not None:
-                await connection.fetchval("SELECT ledger.bump_configuration_v1($1)", tenant_id)
+                await writer.fetchval("SELECT ledger.bump_configuration_v1($1)", tenant_id)
     return found is not None
 
 
