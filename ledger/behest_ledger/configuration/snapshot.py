@@ -88,6 +88,11 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True):
         """The project, None where it is unknown."""
         return self.projects.get((tenant_id, project_id))
 
+    def tenant_of(self, project_id: str) -> str | None:
+        """Whose a project is, where only one tenant has one of that id; None: unknown."""
+        found = [tenant for tenant, known in self.projects if known == project_id]
+        return found[0] if len(found) == 1 else None
+
     def upstreams_of(self, project: ProjectEntry) -> tuple[UpstreamEntry, ...]:
         """The upstreams that a project may use: those of its namespace."""
         return self.upstreams.get((project.tenant_id, project.namespace), ())

@@ -47,12 +47,9 @@ async def open_pool(
             # log each attempt with its traceback.
             min_size=0,
             max_size=size,
-            timeout=CONNECT_TIMEOUT_S,
-            command_timeout=COMMAND_TIMEOUT_S,
             max_inactive_connection_lifetime=300.0,
             reset=_nothing_to_reset,
-            server_settings=_settings(application_name, pooler),
-            statement_cache_size=0 if pooler == "transaction" else _STATEMENTS_KEPT,
+            **_connect_arguments(application_name, pooler),
         )
         if pooler == "none":
             try:
@@ -64,6 +61,21 @@ async def open_pool(
                 pool.terminate()
                 raise
     return pool
+
+
+async def use_dsn(pool: Connection, dsn: str, *, application_name: str = "behest", pooler: Pooler = "none") -> None:
+    """From now on connect as another login: connections in use end after their statement, the others at once."""
+    pool.set_connect_args(dsn, **_connect_arguments(application_name, pooler))
+    await pool.expire_connections()
+
+
+def _connect_arguments(application_name: str, pooler: Pooler) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        "timeout": CONNECT_TIMEOUT_S,
+        "command_timeout": COMMAND_TIMEOUT_S,
+        "server_settings": _settings(application_name, pooler),
+    }
+    return {**arguments, "statement_cache_size": 0 if pooler == "transaction" else _STATEMENTS_KEPT}
 
 
 async def _nothing_to_reset(_connection: Connection) -> None:

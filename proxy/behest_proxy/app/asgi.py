@@ -12,8 +12,11 @@ from behest_proxy.app.endpoints import Endpoints
 from behest_proxy.app.gateway import Gateway
 
 
-def client_app(gateway: Gateway) -> Any:
-    """What clients see. Anything unknown is 404 with the envelope; nothing is ever a redirect."""
+def client_app(gateway: Gateway, *, by_pod: bool = False) -> Any:
+    """What clients see. Anything unknown is 404 with the envelope; nothing is ever a redirect.
+
+    `by_pod`: on the pod's own loopback, where the workload needs no token.
+    """
     endpoints = Endpoints(gateway)
     app = Router(
         routes=[
@@ -27,7 +30,7 @@ def client_app(gateway: Gateway) -> Any:
         ],
         redirect_slashes=False,
     )
-    return Border(app, may_read=gateway.may_read)
+    return Border(app, may_read=gateway.may_read, by_pod=by_pod)
 
 
 def admin_app(gateway: Gateway) -> Any:
@@ -40,4 +43,18 @@ def admin_app(gateway: Gateway) -> Any:
         reason = gateway.not_ready
         return PlainTextResponse(f"{reason or 'ready'}\n", status_code=503 if reason else 200)
 
-    return Router(routes=[Route("/healthz", healthz), Route("/readyz", readyz)], redirect_slashes=False)
+    async def leave(request: Request) -> Response:
+        # Whoever can send signals to this process may do this too, and nobody else.
+        if request.client is None or request.client.host not in ("127.0.0.1", "::1"):
+            return PlainTextResponse("only from this machine\n", status_code=403)
+        gateway.leaving = True
+        return PlainTextResponse(f"{len(gateway.live)}\n")
+
+    return Router(
+        routes=[
+            Route("/healthz", healthz),
+            Route("/readyz", readyz),
+            Route("/leave", leave, methods=["POST"]),
+        ],
+        redirect_slashes=False,
+    )

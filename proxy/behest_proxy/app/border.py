@@ -30,8 +30,12 @@ _NO_CORS = ("/v1/auth/mint", "/auth/v1/auth/mint")
 class Border:
     """Wraps an ASGI application."""
 
-    def __init__(self, app: Any, *, may_read: Callable[[str], bool]) -> None:
-        """`may_read` tells whether any project allows an origin; the endpoint narrows it to the caller's project."""
+    def __init__(self, app: Any, *, may_read: Callable[[str], bool], by_pod: bool = False) -> None:
+        """`may_read` tells whether any project allows an origin; the endpoint narrows it to the caller's project.
+
+        `by_pod`: this border is on the pod's own loopback.
+        """
+        self._by_pod = by_pod
         self._app = app
         self._may_read = may_read
 
@@ -40,7 +44,7 @@ class Border:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        context = RequestContext(scope["headers"])
+        context = RequestContext(scope["headers"], by_pod=self._by_pod)
         scope["behest"] = context
         scope["app"] = self  # with it the router raises what it cannot route, instead of answering itself
         if context.origin and scope["path"] not in _NO_CORS:

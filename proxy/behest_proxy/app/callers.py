@@ -9,14 +9,27 @@ from behest_proxy.app.origins import project_allows
 from behest_proxy.errors import Forbidden
 from behest_proxy.identity.bearer import bearer_of
 from behest_proxy.identity.caller import Caller
+from behest_proxy.identity.workload import is_token
 
 
-def caller_of(gateway: Gateway, headers: Sequence[tuple[bytes, bytes]], now_s: float) -> Caller:
-    """The caller whom the Authorization header proves.
+def caller_of(
+    gateway: Gateway, context: RequestContext, headers: Sequence[tuple[bytes, bytes]], now_s: float
+) -> Caller:
+    """The caller whom the Authorization header proves; on the pod's own loopback the workload, unless it is a token.
 
     Raises `InvalidToken` and `Forbidden`.
     """
-    return gateway.verifier.verify(bearer_of([value for name, value in headers if name == b"authorization"]), now_s)
+    bearer = bearer_of([value for name, value in headers if name == b"authorization"])
+    workload = gateway.workload
+    if context.by_pod and workload is not None and not is_token(bearer):
+        tenant_id = gateway.configuration.tenant_of(workload.project_id)
+        if tenant_id is None:
+            raise Forbidden(
+                f"the project {workload.project_id} of this workload does not exist",
+                details={"reason": "unknown_project"},
+            )
+        return workload.caller(tenant_id)
+    return gateway.verifier.verify(bearer, now_s)
 
 
 def project_of(gateway: Gateway, caller: Caller, context: RequestContext) -> ProjectEntry:

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from behest_ledger.configuration.kinds import UpstreamSpec
 from behest_ledger.configuration.routing import Route, RoutingError, route
 from behest_ledger.configuration.snapshot import ProjectEntry
 from behest_ledger.holds import Admission, Granted
@@ -22,7 +21,7 @@ from behest_proxy.app.conduct import Conduct
 from behest_proxy.app.context import RequestContext, context_of
 from behest_proxy.app.gateway import Gateway
 from behest_proxy.app.messages import JSON, ClientLeftError, read_body, send_answer, send_error
-from behest_proxy.errors import Draining, InvalidRequest, ServerError
+from behest_proxy.errors import Draining, InvalidRequest
 from behest_proxy.exchange import Exchange
 from behest_proxy.holding import HoldPlan, limit_for, plan
 from behest_proxy.identity.caller import Caller
@@ -61,7 +60,7 @@ class ChatCompletions:
         gateway = self._gateway
         context = context_of(scope)
         headers = scope["headers"]
-        caller = caller_of(gateway, headers, time.time())
+        caller = caller_of(gateway, context, headers, time.time())
         if gateway.draining:
             raise Draining("this process is going away; ask again", retry_after_s=1)
         project = project_of(gateway, caller, context)
@@ -76,6 +75,7 @@ class ChatCompletions:
         model = self._model_for(project, request, caller)
         input_count = count_input(request, model.counter, model.facts)
         hold = plan(request, model.facts, model.rates, input_count, upstream_streams=_streams(model))
+        provider_key = gateway.provider_keys.of(model.route.upstream)
         client = client_stream(scope, receive, send)
         admission = _admission(gateway, context, caller, session, project, model, hold)
         input_counts = TokenCounts(input=input_count.best_tokens)
@@ -85,7 +85,7 @@ class ChatCompletions:
             rates=model.rates,
             trace=gateway.memory.begin(admission, input_counts=input_counts, rates=model.rates),
             exchange=lambda grant: _exchange(request, model, hold, input_count, grant),
-            upstream_request=lambda grant: _upstream_request(request, model, hold, grant, context),
+            upstream_request=lambda grant: _upstream_request(request, model, hold, grant, context, provider_key),
             client=client,
             context=context,
         )
@@ -217,6 +217,9 @@ def _admission(
     tier = gateway.configuration.tier(project, caller.tier)
     if tier is not None:
         attributes["tier"] = tier.name
+    if gateway.workload is not None:
+        attributes["workload"] = gateway.workload.qualified_name
+        attributes["labels"] = dict(gateway.workload.labels)
     if attribution is not None:
         for name in ("team", "cost_center"):
             value = getattr(attribution, name)
@@ -262,7 +265,12 @@ def _exchange(
 
 
 def _upstream_request(
-    request: ChatRequest, model: _Model, hold: HoldPlan, grant: Granted, context: RequestContext
+    request: ChatRequest,
+    model: _Model,
+    hold: HoldPlan,
+    grant: Granted,
+    context: RequestContext,
+    provider_key: str | None,
 ) -> UpstreamRequest:
     spec = model.route.upstream.spec
     limit = limit_for(hold, granted_tokens=grant.output_tokens, choices=request.choices)
@@ -273,9 +281,8 @@ def _upstream_request(
         (b"x-request-id", str(context.request_id).encode()),
         (b"traceparent", b"00-%b-%b-01" % (context.trace_id, os.urandom(8).hex().encode())),
     ]
-    key = _provider_key(spec)
-    if key is not None:
-        headers.append((b"authorization", b"Bearer " + key.encode()))
+    if provider_key is not None:
+        headers.append((b"authorization", b"Bearer " + provider_key.encode()))
     return UpstreamRequest(
         method="POST",
         url=spec.base_url.rstrip("/") + "/chat/completions",
@@ -298,13 +305,3 @@ def _upstream_request(
 
 def _streams(model: _Model) -> bool:
     return model.route.upstream.spec.capabilities.streams
-
-
-def _provider_key(spec: UpstreamSpec) -> str | None:
-    """The provider's key, where the upstream names one. Raises `ServerError` where it is named and not there."""
-    if spec.credentials is None or spec.credentials.env is None:
-        return None
-    key = os.environ.get(spec.credentials.env, "").strip()
-    if not key:
-        raise ServerError("the provider's key is not configured")
-    return key

@@ -18,9 +18,11 @@ EXPOSED_HEADERS = b"x-trace-id, x-request-id, retry-after, x-ratelimit-*, x-behe
 class RequestContext:
     """Made by the border, found by everybody else in the scope."""
 
-    __slots__ = ("allow_origin", "origin", "request_id", "trace_id")
+    __slots__ = ("allow_origin", "by_pod", "origin", "request_id", "trace_id")
 
-    def __init__(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
+    def __init__(self, headers: Iterable[tuple[bytes, bytes]], *, by_pod: bool = False) -> None:
+        self.by_pod = by_pod
+        """Whether it came over the pod's own loopback, where the workload needs no token."""
         self.request_id: UUID = request_id(time.time_ns() // 1_000_000, int.from_bytes(os.urandom(10)))
         """Ours, and also the id of the hold: never a provider's or a client's."""
         self.trace_id = b""

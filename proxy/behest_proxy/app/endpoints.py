@@ -68,7 +68,7 @@ class Endpoints:
     async def models(self, request: Request) -> Response:
         """`GET /v1/models`: what the caller's project may use, as OpenAI lists it."""
         gateway = self._gateway
-        caller = caller_of(gateway, request.scope["headers"], time.time())
+        caller = caller_of(gateway, context_of(request.scope), request.scope["headers"], time.time())
         project = project_of(gateway, caller, context_of(request.scope))
         names = served_models(gateway.configuration, project)
         data = [{"id": name, "object": "model", "created": 0, "owned_by": "behest"} for name in names]
@@ -78,7 +78,7 @@ class Endpoints:
         """`GET /v1/budgets`: the budgets that bind the caller, and what is left of them."""
         gateway = self._gateway
         headers = request.scope["headers"]
-        caller = caller_of(gateway, headers, time.time())
+        caller = caller_of(gateway, context_of(request.scope), headers, time.time())
         project = project_of(gateway, caller, context_of(request.scope))
         session = session_of(caller, [value for name, value in headers if name == b"x-session-id"])
         tier = gateway.configuration.tier(project, caller.tier)
@@ -99,7 +99,7 @@ class Endpoints:
     async def billing_usage(self, request: Request) -> Response:
         """`GET /v1/billing/usage?from&to`: totals by model and session; a user sees only their own."""
         gateway = self._gateway
-        caller = caller_of(gateway, request.scope["headers"], time.time())
+        caller = caller_of(gateway, context_of(request.scope), request.scope["headers"], time.time())
         project = project_of(gateway, caller, context_of(request.scope))
         end = _moment(request, "to") or datetime.now(UTC)
         begin = _moment(request, "from") or end - _WINDOW_DEFAULT

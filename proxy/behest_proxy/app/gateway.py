@@ -15,7 +15,8 @@ from behest_ledger.charging import Outcome
 from behest_ledger.configuration.snapshot import Configuration
 from behest_ledger.holds import Admission, Answer, Extension, Refused, Settlement, void
 from behest_ledger.prices.book import PriceBook
-from behest_ledger.store import holds, identity
+from behest_ledger.sealing import key_from_text
+from behest_ledger.store import holds, identity, provider_keys
 from behest_ledger.store.admissions import AdmissionDesk
 from behest_ledger.store.configuration import load_configuration
 from behest_ledger.store.credit import CreditDesk
@@ -30,8 +31,10 @@ from behest_ledger.store.writer import SettlementWriter
 from behest_proxy.app.conduct import Conduct
 from behest_proxy.app.holder import Holder
 from behest_proxy.app.memory import Memory
+from behest_proxy.app.mounted import MountedFiles
 from behest_proxy.app.origins import project_allows
-from behest_proxy.app.settings import Settings
+from behest_proxy.app.provider_keys import KeyOfTenant, ProviderKeys, every_tenants, one_tenants
+from behest_proxy.app.settings import Settings, secret_in
 from behest_proxy.app.signing import SigningKeys
 from behest_proxy.errors import Draining, LedgerUnavailable
 from behest_proxy.holding import METERED_SHARES
@@ -80,7 +83,12 @@ class Gateway:
         self.writer = SettlementWriter(self._settle, on_settled=self._on_settled, on_put_aside=self._on_put_aside)
         self.live: set[Conduct] = set()
         self.memory = Memory(settings.journal_dir)
+        self.workload = settings.workload
+        self.provider_keys = ProviderKeys(_key_of_tenant(settings))
+        self.mounted = MountedFiles(settings)
         self.draining = False
+        self.leaving = False
+        """About to be asked to stop: not ready any more, and still taking what comes."""
         self._poll_task: asyncio.Task[None] | None = None
         self._memory_task: asyncio.Task[None] | None = None
         self._holder_task: asyncio.Task[None] | None = None
@@ -156,7 +164,7 @@ class Gateway:
     @property
     def not_ready(self) -> str | None:
         """Why no requests should come; None: all is well."""
-        if self.draining:
+        if self.draining or self.leaving:
             return "draining"
         if self._ledger_is_silent:
             return "the ledger cannot be reached"
@@ -262,6 +270,7 @@ class Gateway:
         while True:
             await asyncio.sleep(POLL_S)
             try:
+                await self.mounted.reread(self.pool, self.signing_keys)
                 async with asking(self.pool) as connection:
                     version = await connection.fetchval("SELECT version FROM ledger.configuration_version")
                 self._heard()
@@ -281,11 +290,13 @@ class Gateway:
             self.book = await load_current_book(connection, now, known=self.book)
             self._prices_change = await next_change(connection, now)
             keys = await identity.load_signing_keys(connection)
+            sealed = await provider_keys.load_keys(connection, None)
             suspended = await holds.suspended_windows(connection, {w for c in self.live for w in c.windows})
         for problem in configuration.problems:
             logger.warning("left out of the configuration: %s", problem)
         self.configuration = configuration
         self.verifier.use_keys(KeySet.from_records(keys))
+        self.provider_keys.use(sealed)
         self.api_keys.clear()
         self._heard()
         for conduct in list(self.live):
@@ -304,3 +315,12 @@ class Gateway:
         else:
             return
         conduct.stop(Outcome.KILLED, shown(refusal))
+
+
+def _key_of_tenant(settings: Settings) -> KeyOfTenant | None:
+    """Raises `SettingsError` and `SealingError` for a key that cannot be read."""
+    if settings.master_key_file is not None:
+        return every_tenants(key_from_text(secret_in(settings.master_key_file, "BEHEST_MASTER_KEY_FILE")))
+    if settings.data_key_file is not None:
+        return one_tenants(key_from_text(secret_in(settings.data_key_file, "BEHEST_DATA_KEY_FILE")))
+    return None

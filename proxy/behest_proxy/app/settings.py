@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from behest_proxy.identity.workload import Workload, labels_from
+
 HOLDER_TTL_MIN_S = 3.0
 
 
@@ -19,12 +21,28 @@ class Settings:
 
     database_url: str
     """PostgreSQL 15 or newer, with the ledger's schema: `postgresql://user:password@host:port/database`."""
+    database_url_file: Path | None = None
+    """A file that holds `database_url`, instead of it; read again when it changes."""
     signing_key_file: Path
     """The private key that signs minted tokens: RSA, EC P-256 or Ed25519, unencrypted PEM."""
     database_pooler: Literal["none", "transaction", "session"] = "none"
     """What is between here and PostgreSQL: `none`, `transaction` or `session` (PgBouncer's `pool_mode`)."""
+    data_key_file: Path | None = None
+    """The tenant's key (32 bytes in base64) under which keys of providers are sealed in the ledger."""
+    master_key_file: Path | None = None
+    """Instead of `data_key_file` for a gateway that serves all tenants: the key that theirs come out of."""
     bind: str = "127.0.0.1:8080"
     """Where clients connect: HTTP/1.1 and HTTP/2 (prior knowledge; ALPN under TLS)."""
+    pod_bind: str | None = None
+    """Loopback only: where the containers of the same pod connect; a bearer that is no token means the workload."""
+    workload_namespace: str = ""
+    """With `pod_bind`: the pod's namespace."""
+    workload_name: str = ""
+    """With `pod_bind`: the name of the workload that the pod belongs to."""
+    workload_project: str = ""
+    """With `pod_bind`: the project that pays for the workload's own requests."""
+    workload_labels: str = ""
+    """The pod's labels, a JSON object: budgets may select by them."""
     admin_bind: str = "127.0.0.1:8081"
     """Where probes connect: `/healthz`, `/readyz`. Never reachable for clients."""
     tls_cert_file: Path | None = None
@@ -46,8 +64,23 @@ class Settings:
     holder_ttl_s: float = 120.0
     """After so long without a word to the ledger this process counts as dead: streams outlive a shorter outage, and
     what it held waits for its journal after a longer one. At least 3."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """How much is logged."""
     name: str = "behest"
     """How this process calls itself in the ledger."""
+
+    @property
+    def workload(self) -> Workload | None:
+        """The workload that this sidecar runs beside; None: no pod said so."""
+        if not self.workload_name:
+            return None
+        project = self.workload_project
+        return Workload(
+            namespace=self.workload_namespace,
+            name=self.workload_name,
+            project_id=project if "/" in project else f"{self.workload_namespace}/{project}",
+            labels=labels_from(self.workload_labels or "{}"),
+        )
 
 
 def from_environment(environment: Mapping[str, str] | None = None) -> Settings:
@@ -62,6 +95,8 @@ def from_environment(environment: Mapping[str, str] | None = None) -> Settings:
         text = environment.get(variable, "").strip()
         if text:
             given[field.name] = _parsed(variable, text, str(field.type))
+    if "database_url_file" in given and "database_url" not in given:
+        given["database_url"] = secret_in(given["database_url_file"], "BEHEST_DATABASE_URL_FILE")
     for required in ("database_url", "signing_key_file"):
         if required not in given:
             raise SettingsError(f"BEHEST_{required.upper()} is not set: {_MEANING[required]}")
@@ -69,7 +104,36 @@ def from_environment(environment: Mapping[str, str] | None = None) -> Settings:
         raise SettingsError("BEHEST_TLS_CERT_FILE and BEHEST_TLS_KEY_FILE belong together: set both or none")
     if given.get("holder_ttl_s", HOLDER_TTL_MIN_S) < HOLDER_TTL_MIN_S:
         raise SettingsError(f"BEHEST_HOLDER_TTL_S must be at least {HOLDER_TTL_MIN_S:g}: it is renewed each second")
+    _check_workload(given)
     return Settings(**given)
+
+
+def secret_in(path: Path, variable: str) -> str:
+    """The text of a mounted file, without the line end that editors add. Raises `SettingsError`."""
+    try:
+        text = path.read_text("utf-8").strip()
+    except (OSError, UnicodeError) as error:
+        raise SettingsError(f"{variable}: {path} cannot be read: {error}") from None
+    if not text:
+        raise SettingsError(f"{variable}: {path} is empty")
+    return text
+
+
+def _check_workload(given: Mapping[str, Any]) -> None:
+    if "data_key_file" in given and "master_key_file" in given:
+        raise SettingsError("BEHEST_DATA_KEY_FILE and BEHEST_MASTER_KEY_FILE exclude each other: set one")
+    try:
+        labels_from(given.get("workload_labels", "{}"))
+    except ValueError as error:
+        raise SettingsError(f"BEHEST_WORKLOAD_LABELS {error}") from None
+    if "pod_bind" not in given:
+        return
+    for needed in ("workload_namespace", "workload_name", "workload_project"):
+        if not given.get(needed):
+            raise SettingsError(f"BEHEST_{needed.upper()} is not set: BEHEST_POD_BIND needs to know whose requests come")
+    host = given["pod_bind"].rpartition(":")[0]
+    if host not in ("127.0.0.1", "[::1]", "localhost"):
+        raise SettingsError(f"BEHEST_POD_BIND must be on loopback, not {host!r}: whoever connects there needs no token")
 
 
 _CHOICES = {str(field.type): get_args(field.type) for field in fields(Settings) if "Literal" in str(field.type)}

@@ -23,6 +23,11 @@ class SigningKeys:
         self._everybodys: SigningKey | None = SigningKey.load(pem)
         self._of_tenants: dict[str, SigningKey] = {}
 
+    def replace(self, pem: bytes) -> None:
+        """Sign with another private key once it is registered. Raises `UnusableKeyError`."""
+        SigningKey.load(pem)
+        self._pem = pem
+
     async def register(self, pool: Connection) -> None:
         """Make the public halves known to everybody who verifies, for as many tenants as our role may act for.
 

@@ -47,6 +47,7 @@ COMMANDS: dict[str, Command] = {
     "down": Command("behest_proxy.cli.down", "stop what `behest up` started", _TRY),
     "sim": Command("behest_proxy.cli.sim", "run the provider simulator alone", _TRY),
     "proxy": Command("behest_proxy.cli.proxy", "run the sidecar, configured by environment variables", _RUN),
+    "drain": Command("behest_proxy.cli.drain", "let a sidecar finish before it is stopped (a pod's preStop)", _RUN),
     "apply": Command("behest_proxy.cli.apply", "apply manifests: projects, upstreams, tiers, budgets", _SET),
     "get": Command("behest_proxy.cli.get", "show what is configured and what is spent", _SET),
     "keys": Command("behest_proxy.cli.keys", "create, list and revoke API keys; signing keys", _SET),

@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
         settings = from_environment()
     except SettingsError as error:
         raise UserError(str(error), "see `behest proxy --help`") from None
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(stream=sys.stderr, level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     import uvloop
 
     return uvloop.run(_serve(settings))
@@ -71,6 +71,15 @@ async def _serve(settings: Settings) -> int:
                 graceful_timeout_s=settings.drain_s + _STOP_S,
             )
         )
+        if settings.pod_bind is not None:
+            group.create_task(
+                serve(
+                    client_app(gateway, by_pod=True),
+                    binds=[settings.pod_bind],
+                    shutdown_trigger=asked_to_stop.wait,
+                    graceful_timeout_s=settings.drain_s + _STOP_S,
+                )
+            )
         # Probes are answered to the end: "draining" is an answer too.
         group.create_task(
             serve(

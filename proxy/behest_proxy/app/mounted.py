@@ -1,0 +1,41 @@
+"""Files that are mounted and exchanged while we run: the ledger's login and the signing key are rotated so."""
+
+import logging
+
+from behest_ledger.store.pool import Connection, use_dsn
+from behest_proxy.app.settings import Settings, SettingsError, secret_in
+from behest_proxy.app.signing import SigningKeys
+from behest_proxy.identity.keys import UnusableKeyError
+
+logger = logging.getLogger(__name__)
+
+
+class MountedFiles:
+    """What was read last, to notice what is new."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._dsn = settings.database_url
+        self._signing_pem = settings.signing_key_file.read_bytes()
+
+    async def reread(self, pool: Connection, signing_keys: SigningKeys) -> None:
+        """Use what has changed. What cannot be read or used is left for the next look, and said.
+
+        Raises `LedgerError`.
+        """
+        settings = self._settings
+        try:
+            if settings.database_url_file is not None:
+                dsn = secret_in(settings.database_url_file, "BEHEST_DATABASE_URL_FILE")
+                if dsn != self._dsn:
+                    await use_dsn(pool, dsn, application_name=settings.name, pooler=settings.database_pooler)
+                    self._dsn = dsn
+                    logger.info("connecting to the ledger by the login of %s", settings.database_url_file)
+            pem = settings.signing_key_file.read_bytes()
+            if pem != self._signing_pem:
+                signing_keys.replace(pem)
+                await signing_keys.register(pool)
+                self._signing_pem = pem
+                logger.info("signing with the key of %s", settings.signing_key_file)
+        except (SettingsError, UnusableKeyError, OSError) as error:
+            logger.warning("a mounted file cannot be used, the last one serves: %s", error)

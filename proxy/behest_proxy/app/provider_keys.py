@@ -1,0 +1,58 @@
+"""The keys with which this process calls providers: opened from the ledger, or named in its environment."""
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+
+from behest_ledger.configuration.snapshot import UpstreamEntry
+from behest_ledger.sealing import SealingError, tenant_key
+from behest_ledger.store.provider_keys import SealedKey, upstream_place
+from behest_proxy.errors import ServerError
+
+logger = logging.getLogger(__name__)
+
+KeyOfTenant = Callable[[str], bytes]
+
+
+class ProviderKeys:
+    """Opened keys in memory; nothing of them reaches a log."""
+
+    def __init__(self, key_of_tenant: KeyOfTenant | None) -> None:
+        """`key_of_tenant` None: this process can open none."""
+        self._key_of_tenant = key_of_tenant
+        self._opened: Mapping[tuple[str, str], str] = {}
+
+    def use(self, sealed: Sequence[SealedKey]) -> None:
+        """Open what the ledger has. What does not open is left out, and said."""
+        opened: dict[tuple[str, str], str] = {}
+        for item in sealed:
+            if self._key_of_tenant is None:
+                continue
+            try:
+                opened[item.tenant_id, item.place] = item.opened(self._key_of_tenant(item.tenant_id))
+            except SealingError as error:
+                logger.error("the key of %s cannot be opened: %s", item.place, error)
+        self._opened = opened
+
+    def of(self, upstream: UpstreamEntry) -> str | None:
+        """The key for an upstream; None: it needs none. Raises `ServerError` where it needs one that is not there."""
+        credentials = upstream.spec.credentials
+        if credentials is None:
+            return None
+        if credentials.env is not None:
+            key: str | None = os.environ.get(credentials.env, "").strip()
+        else:
+            key = self._opened.get((upstream.tenant_id, upstream_place(upstream.qualified_name)))
+        if not key:
+            raise ServerError("the provider's key is not configured")
+        return key
+
+
+def one_tenants(key: bytes) -> KeyOfTenant:
+    """Of a sidecar: it has its tenant's key, and what is another's does not open."""
+    return lambda _tenant: key
+
+
+def every_tenants(master_key: bytes) -> KeyOfTenant:
+    """Of a gateway that serves all tenants."""
+    return lambda tenant: tenant_key(master_key, tenant)
