@@ -34,7 +34,8 @@ class Server:
         return urlunsplit(urlsplit(self.dsn)._replace(path="/" + database))
 
 
-async def _execute(dsn: str, *statements: str) -> None:
+async def execute(dsn: str, *statements: str) -> None:
+    """Run statements on a database."""
     connection: Any = await connect(dsn)
     try:
         for statement in statements:
@@ -64,7 +65,7 @@ def template(postgres: Server) -> Server:
     """The server with a migrated database to copy: copying takes a twentieth of the time of migrating."""
 
     async def make() -> None:
-        await _execute(
+        await execute(
             postgres.dsn, f"DROP DATABASE IF EXISTS {_TEMPLATE} WITH (FORCE)", f"CREATE DATABASE {_TEMPLATE}"
         )
         await migrate(postgres.of(_TEMPLATE))
@@ -77,30 +78,30 @@ def template(postgres: Server) -> Server:
 def own_database(template: Server, name: str) -> Generator[str]:
     """The DSN of a database for a whole file of tests, with the ledger's schema and nothing in it."""
     name = f"behest_{name}_{os.getpid()}"
-    asyncio.run(_execute(template.dsn, f"CREATE DATABASE {name} TEMPLATE {_TEMPLATE}"))
+    asyncio.run(execute(template.dsn, f"CREATE DATABASE {name} TEMPLATE {_TEMPLATE}"))
     yield template.of(name)
-    asyncio.run(_execute(template.dsn, f"DROP DATABASE {name} WITH (FORCE)"))
+    asyncio.run(execute(template.dsn, f"DROP DATABASE {name} WITH (FORCE)"))
 
 
 @pytest.fixture
 def database(template: Server) -> Iterator[str]:
     """The DSN of a database of one's own, with the ledger's schema and nothing in it."""
     name = f"behest_test_{os.getpid()}_{next(_numbers)}"
-    asyncio.run(_execute(template.dsn, f"CREATE DATABASE {name} TEMPLATE {_TEMPLATE}"))
+    asyncio.run(execute(template.dsn, f"CREATE DATABASE {name} TEMPLATE {_TEMPLATE}"))
     yield template.of(name)
-    asyncio.run(_execute(template.dsn, f"DROP DATABASE {name} WITH (FORCE)"))
+    asyncio.run(execute(template.dsn, f"DROP DATABASE {name} WITH (FORCE)"))
 
 
 @pytest.fixture(scope="session")
 def stack(template: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """A sidecar, a simulator and a ledger, shared by the whole run. The books must be clean at its end."""
     name = f"behest_stack_{os.getpid()}"
-    asyncio.run(_execute(template.dsn, f"CREATE DATABASE {name} TEMPLATE {_TEMPLATE}"))
+    asyncio.run(execute(template.dsn, f"CREATE DATABASE {name} TEMPLATE {_TEMPLATE}"))
     streams = Path(__file__).parent / "proxy" / "streams"
     with running_stack(template.of(name), tmp_path_factory.mktemp("stack"), recordings=streams) as running:
         yield running
         assert running.verify().findings == []
-    asyncio.run(_execute(template.dsn, f"DROP DATABASE {name} WITH (FORCE)"))
+    asyncio.run(execute(template.dsn, f"DROP DATABASE {name} WITH (FORCE)"))
 
 
 @pytest.fixture(scope="session")

@@ -33,8 +33,12 @@ def sample_of(name: str) -> tuple[str, Any]:
     if "float" in kind:
         return "4.5", 4.5
     if "Literal" in kind:
-        return "transaction", "transaction"
-    return "some text", "some text"
+        # Not the first choice, which may be the default.
+        text = kind.partition("[")[2].rpartition("]")[0].split(",")[-1].strip("' \"")
+        return text, text
+    return {"pod_bind": ("127.0.0.1:1", "127.0.0.1:1"), "workload_labels": ("{}", "{}")}.get(
+        name, ("some text", "some text")
+    )
 
 
 def documented() -> set[str]:
@@ -56,6 +60,8 @@ def test_every_setting_is_documented() -> None:
 def test_every_setting_is_read_from_its_variable(name: str) -> None:
     text, value = sample_of(name)
     partners = {variable_of(other): "/pair" for other in NAMES if other.startswith("tls_")} if "tls_" in name else {}
+    if name == "pod_bind":
+        partners = {f"BEHEST_WORKLOAD_{part}": "x" for part in ("NAMESPACE", "NAME", "PROJECT")}
     settings = from_environment({**REQUIRED, **partners, variable_of(name): f" {text} "})
     assert getattr(settings, name) == value
 
@@ -103,3 +109,33 @@ def test_the_environment_of_the_process_is_the_default(monkeypatch: pytest.Monke
 def test_a_holder_that_would_die_between_two_renewals_is_refused() -> None:
     with pytest.raises(SettingsError, match="BEHEST_HOLDER_TTL_S must be at least 3"):
         from_environment({**REQUIRED, "BEHEST_HOLDER_TTL_S": "2"})
+
+
+WORKLOAD = {"BEHEST_WORKLOAD_NAMESPACE": "demo", "BEHEST_WORKLOAD_NAME": "web", "BEHEST_WORKLOAD_PROJECT": "shop"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"BEHEST_POD_BIND": "0.0.0.0:8079"}, "BEHEST_POD_BIND must be on loopback"),
+        ({"BEHEST_POD_BIND": "127.0.0.1:8079", "BEHEST_WORKLOAD_PROJECT": ""}, "BEHEST_WORKLOAD_PROJECT is not set"),
+        ({"BEHEST_WORKLOAD_LABELS": "[1]"}, "BEHEST_WORKLOAD_LABELS must be a JSON object of strings"),
+        ({"BEHEST_DATA_KEY_FILE": "/a", "BEHEST_MASTER_KEY_FILE": "/b"}, "exclude each other"),
+        ({"BEHEST_DATABASE_URL": "", "BEHEST_DATABASE_URL_FILE": "/no/such"}, "BEHEST_DATABASE_URL_FILE: /no/such"),
+    ],
+)
+def test_settings_that_do_not_fit_each_other_are_named(changes: dict[str, str], reason: str) -> None:
+    with pytest.raises(SettingsError, match=reason):
+        from_environment({**REQUIRED, **WORKLOAD, **changes})
+
+
+def test_a_workload_without_a_namespace_in_its_project_means_its_own() -> None:
+    found = from_environment({**REQUIRED, **WORKLOAD, "BEHEST_WORKLOAD_LABELS": '{"app": "web"}'}).workload
+    assert found is not None
+    assert (found.project_id, found.qualified_name, found.labels) == ("demo/shop", "demo/web", {"app": "web"})
+
+
+def test_the_database_url_may_come_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "url").write_text("postgresql://mounted/behest\n")
+    environment = {**REQUIRED, "BEHEST_DATABASE_URL": "", "BEHEST_DATABASE_URL_FILE": str(tmp_path / "url")}
+    assert from_environment(environment).database_url == "postgresql://mounted/behest"

@@ -122,15 +122,15 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 def removal(current: ConfigurationState, kind: KindName, namespace: str, name: str) -> Plan:
     """The plan that takes one resource away, and with a Tier its budgets; empty where nothing of it is stored."""
-    place = f"{namespace}/{name}"
+    qualified_name = f"{namespace}/{name}"
     changes: list[Change] = []
     if kind == "Budget":
-        stored_budget = current.budgets.get(place)
+        stored_budget = current.budgets.get(qualified_name)
         if stored_budget is not None and not stored_budget.deleted:
-            changes.append(DeleteBudget(tenant_id=stored_budget.record.tenant_id, budget_id=place))
+            changes.append(DeleteBudget(tenant_id=stored_budget.record.tenant_id, budget_id=qualified_name))
     else:
         rows = {"Project": current.projects, "Upstream": current.upstreams, "Tier": current.tiers}[kind]
-        stored = rows.get(place)
+        stored = rows.get(qualified_name)
         if stored is not None:
             changes.append(DeleteSpec(kind=kind, tenant_id=stored.tenant_id, namespace=namespace, name=name))
     if kind == "Tier":
