@@ -1,7 +1,7 @@
 """Secrets at rest: AES-256-GCM under a key of each tenant, which comes out of one master key.
 
-Only the operator and gateways that serve all tenants have the master key; a sidecar has its tenant's. A sealed secret says
-nothing of whose it is, so its place is authenticated with it: put into another row it does not open.
+Only the operator and gateways that serve all tenants have the master key; a sidecar has its tenant's. A sealed secret
+says nothing of whose it is, so its place is authenticated with it: put into another row it does not open.
 """
 
 import base64

@@ -1,7 +1,7 @@
 """What people may write on a pod, in one table: the label that asks for a sidecar and the annotations that shape it.
 
-Everything is a string in Kubernetes; here each has a type, and a value that is not of it is refused with a sentence that
-names the annotation. Annotations under our prefix that are not in the table are refused too: a misspelt one would
+Everything is a string in Kubernetes; here each has a type, and a value that is not of it is refused with a sentence
+that names the annotation. Annotations under our prefix that are not in the table are refused too: a misspelt one would
 otherwise be ignored.
 """
 

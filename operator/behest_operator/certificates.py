@@ -1,8 +1,8 @@
 """The webhook's certificate: made by the operator, renewed long before it ends, under an authority that stays.
 
-The API server trusts the authority (the webhook's `caBundle`), so that a renewed leaf needs no change there and no pod is
-refused meanwhile. When the authority itself gets old, the new one is trusted beside the old one before any leaf is signed
-by it.
+The API server trusts the authority (the webhook's `caBundle`), so that a renewed leaf needs no change there and no pod
+is refused meanwhile. When the authority itself gets old, the new one is trusted beside the old one before any leaf is
+signed by it.
 """
 
 from datetime import datetime, timedelta

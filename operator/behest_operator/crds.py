@@ -63,6 +63,8 @@ def _rules(*rules: tuple[str, str]) -> Schema:
     return {"x-kubernetes-validations": [{"rule": rule, "message": message} for rule, message in rules]}
 
 
+_ANY_SCOPE = " || ".join(f"has(self.scope.{field.encode_name})" for field in msgspec.structs.fields(kinds.BudgetScope))
+
 # What types cannot say, by "<Kind>.<path in its spec>"; "[]" stands for the items of a list, "{}" for a map's values.
 _MORE: dict[str, Schema] = {
     "Project.tenant": _DNS_NAME,
@@ -127,9 +129,7 @@ _MORE: dict[str, Schema] = {
     "Tier.models{}": _MODEL,
     "Budget": _rules(
         (
-            "size(self.per) > 0 && !('none' in self.per) || has(self.scope.tenant) || has(self.scope.namespace)"
-            " || has(self.scope.project) || has(self.scope.user) || has(self.scope.session) || has(self.scope.model)"
-            " || has(self.scope.tier) || has(self.scope.workloadSelector)",
+            "size(self.per) > 0 && !('none' in self.per) || " + _ANY_SCOPE,
             "spec.scope is empty, and so is spec.per: say what the budget binds, for example {project: shop}",
         ),
     ),
@@ -149,16 +149,14 @@ _MORE: dict[str, Schema] = {
     },
     "Budget.limit": _rules(
         (
-            "(has(self.amount) || has(self.currency) ? 1 : 0) + (has(self.tokens) ? 1 : 0)"
-            " + (has(self.requests) ? 1 : 0) == 1",
+            "[has(self.amount) || has(self.currency), has(self.tokens), has(self.requests)].filter(it, it).size() == 1",
             "must be in exactly one unit: amount with currency, tokens, or requests",
         ),
         ("!has(self.amount) || has(self.currency)", "currency is required with amount: USD"),
         ("!has(self.currency) || has(self.amount)", "amount is required with currency"),
         ("!has(self.tokenKind) || has(self.tokens)", "tokenKind goes with tokens only"),
         (
-            "has(self.amount) == has(oldSelf.amount) && has(self.tokens) == has(oldSelf.tokens)"
-            " && has(self.requests) == has(oldSelf.requests)",
+            " && ".join(f"has(self.{name}) == has(oldSelf.{name})" for name in ("amount", "tokens", "requests")),
             "the unit is immutable: make a new Budget",
         ),
     ),

@@ -1,8 +1,8 @@
 """kopf's part: which changes are looked at, retried and finalised. What they mean is `reconciler`'s."""
 
-import datetime
 import logging
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 import kopf
@@ -85,7 +85,7 @@ class Handlers:
 def _write(applied: Applied, body: kopf.Body, patch: kopf.Patch) -> None:
     generation = body["metadata"].get("generation", 0)
     found = [dict(item) for item in body.get("status", {}).get("conditions", [])]
-    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     patch.status["conditions"] = merged(found, applied.findings, generation=generation, now=now)
     patch.status["observedGeneration"] = generation
     if isinstance(applied.manifest, Project):

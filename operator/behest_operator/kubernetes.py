@@ -4,7 +4,6 @@ Configured like every client in a pod, by the service account's files, or outsid
 certificate). The token file is read again for each call: the kubelet rotates it.
 """
 
-import asyncio
 import base64
 import os
 import ssl
@@ -135,5 +134,5 @@ class Kubernetes:
                 if answer.status >= 400:
                     raise KubernetesError(answer.status, str(body.get("message", answer.reason)))
                 return body
-        except (aiohttp.ClientError, asyncio.TimeoutError, ValueError) as error:
+        except (TimeoutError, aiohttp.ClientError, ValueError) as error:
             raise KubernetesError(0, f"{method} {path}: {type(error).__name__}: {error}") from None

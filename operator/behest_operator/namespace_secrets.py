@@ -1,8 +1,8 @@
 """The Secrets that the operator writes: what the sidecars of a namespace need, and API keys; and those that it reads.
 
 Everything here is made once, found again, and mended when it was lost. A Secret of our name that is not ours is never
-touched. Database roles come in pairs, `...-a` and `...-b`: a rotation makes the other one and leaves the one that running
-sidecars still use, until the rotation after.
+touched. Database roles come in pairs, `...-a` and `...-b`: a rotation makes the other one and leaves the one that
+running sidecars still use, until the rotation after.
 """
 
 import base64

@@ -64,7 +64,7 @@ def _with_unit(record: BudgetRecord) -> str:
     amount = shown_amount(record.limit_amount, record.unit)
     if record.unit == "usd":
         return f"{amount} USD"
-    kind = "" if record.token_kind == "both" or record.unit != "tokens" else f"{record.token_kind} "
+    kind = f"{record.token_kind} " if record.unit == "tokens" and record.token_kind in ("input", "output") else ""
     return f"{amount} {kind}{record.unit}"
 
 

@@ -176,7 +176,7 @@ async def _main(template: Template) -> None:
     await run_server(
         template,
         Path(os.environ.get("BEHEST_WEBHOOK_TLS_DIR", "/etc/behest-webhook")),
-        bind=os.environ.get("BEHEST_WEBHOOK_BIND", "0.0.0.0:9443"),  # noqa: S104 - a pod's own address
-        probe_bind=os.environ.get("BEHEST_WEBHOOK_PROBE_BIND", "0.0.0.0:9081"),  # noqa: S104
+        bind=os.environ.get("BEHEST_WEBHOOK_BIND", "0.0.0.0:9443"),
+        probe_bind=os.environ.get("BEHEST_WEBHOOK_PROBE_BIND", "0.0.0.0:9081"),
         stop=stop,
     )

@@ -1,8 +1,8 @@
 """The programs of a real Kubernetes control plane, found or made once and kept.
 
-`KUBEBUILDER_ASSETS` names a folder with `kube-apiserver` and `etcd`, as its other users know it. Where it is not set, etcd
-is the one on PATH (Debian: etcd-server), the API server is built by Go from the pinned modules beside this file, and
-kubectl and helm come out of a wheel on PyPI. What was made is kept under a name that says its version.
+`KUBEBUILDER_ASSETS` names a folder with `kube-apiserver` and `etcd`, as its other users know it. Where it is not set,
+etcd is the one on PATH (Debian: etcd-server), the API server is built by Go from the pinned modules beside this file,
+and kubectl and helm come out of a wheel on PyPI. What was made is kept under a name that says its version.
 """
 
 import fcntl

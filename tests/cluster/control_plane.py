@@ -1,11 +1,11 @@
 """A real Kubernetes control plane of one run: etcd and kube-apiserver on loopback, and kubectl and helm to speak to it.
 
 There is no kubelet and no controller manager: nobody starts pods, and nobody makes the things that controllers make.
-What a test needs of those it makes itself, so that it is seen (`ControlPlane.namespace` makes the default service account).
+What a test needs of those it makes itself, so that it is seen (`ControlPlane.namespace` makes the service account).
 """
 
 import contextlib
-import datetime
+import datetime as dt
 import ipaddress
 import json
 import os
@@ -242,15 +242,15 @@ class _Authority:
 
 
 def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
-    now = datetime.datetime.now(datetime.UTC)
+    now = dt.datetime.now(dt.UTC)
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(issuer)
         .public_key(key)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(minutes=5))
-        .not_valid_after(now + datetime.timedelta(days=2))
+        .not_valid_before(now - dt.timedelta(minutes=5))
+        .not_valid_after(now + dt.timedelta(days=2))
     )
 
 

@@ -59,7 +59,7 @@ def test_a_pod_that_cannot_have_one_is_refused_and_its_author_reads_why(
     namespace = control_plane.namespace("host")
     with pytest.raises(CommandFailed, match="behest: the pod uses the host's network"):
         control_plane.apply(labelled_pod("host", namespace, hostNetwork=True))
-    with pytest.raises(CommandFailed, match="there is no annotation behest.ai/projet"):
+    with pytest.raises(CommandFailed, match=r"there is no annotation behest\.ai/projet"):
         control_plane.apply(labelled_pod("typo", namespace, annotations={"behest.ai/projet": "shop"}))
 
 

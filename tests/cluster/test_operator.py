@@ -120,10 +120,14 @@ def test_what_is_applied_is_in_the_ledger_and_its_status_says_so(
     namespace = control_plane.namespace()
     control_plane.apply(project(namespace), budget(namespace))
     eventually(lambda: condition(control_plane, "budget", "sessions", namespace, "Programmed"), timeout_s=10)
-    found = rows(operator.dsn, "SELECT tenant_id, limit_amount::text FROM ledger.budget WHERE namespace = $1", namespace)
+    found = rows(
+        operator.dsn, "SELECT tenant_id, limit_amount::text FROM ledger.budget WHERE namespace = $1", namespace
+    )
     assert found == [{"tenant_id": namespace, "limit_amount": "500000000000"}]
     table = eventually(
-        lambda: (text := control_plane.kubectl("get", "budgets", "--namespace", namespace)) and "Active" in text and text
+        lambda: (
+            (text := control_plane.kubectl("get", "budgets", "--namespace", namespace)) and "Active" in text and text
+        )
     )
     assert table.split()[:8] == ["NAME", "SCOPE", "LIMIT", "SPENT", "HELD", "REMAINING", "WINDOW", "PHASE"]
     assert "project=shop per session" in table
@@ -156,7 +160,9 @@ def test_a_deleted_budget_leaves_the_ledger_but_not_its_history(
     control_plane.apply(budget(namespace))
     eventually(lambda: rows(operator.dsn, "SELECT 1 FROM ledger.budget WHERE namespace = $1", namespace))
     control_plane.kubectl("delete", "budget", "sessions", "--namespace", namespace, "--timeout=20s")
-    found = rows(operator.dsn, "SELECT deleted_at IS NOT NULL AS deleted FROM ledger.budget WHERE namespace = $1", namespace)
+    found = rows(
+        operator.dsn, "SELECT deleted_at IS NOT NULL AS deleted FROM ledger.budget WHERE namespace = $1", namespace
+    )
     assert found == [{"deleted": True}]
 
 
@@ -184,7 +190,7 @@ def test_what_only_the_operator_can_see_is_wrong_is_told_in_a_condition(
     control_plane.apply(budget(namespace, window={"period": "Day", "timeZone": "Mars/Olympus"}))
     found = eventually(lambda: condition(control_plane, "budget", "sessions", namespace, "Accepted"))
     assert (found["status"], found["reason"]) == ("False", "Invalid")
-    assert found["message"].startswith('spec.window.timeZone: must be an IANA time zone')
+    assert found["message"].startswith("spec.window.timeZone: must be an IANA time zone")
     assert rows(operator.dsn, "SELECT 1 FROM ledger.budget WHERE namespace = $1", namespace) == []
 
 

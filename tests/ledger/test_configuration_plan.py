@@ -8,16 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from behest_ledger.configuration.globs import like_pattern, matches, pattern_of_like
-from behest_ledger.configuration.kinds import Manifest
+from behest_ledger.configuration.kinds import KindName, Manifest
 from behest_ledger.configuration.manifests import InvalidManifestsError, from_object
 from behest_ledger.configuration.plan import (
     DeleteBudget,
+    DeleteSpec,
     Plan,
     PutBudget,
     PutProject,
     PutTier,
     PutUpstream,
     plan,
+    removal,
     tenants_of_namespaces,
 )
 from behest_ledger.configuration.records import BudgetRecord, is_tier_budget, wire_budget_spec
@@ -84,6 +86,9 @@ def after(result: Plan, before: ConfigurationState | None = None) -> Configurati
             budgets[change.record.budget_id] = StoredBudget(record=change.record)
         elif isinstance(change, DeleteBudget):
             budgets[change.budget_id] = StoredBudget(record=budgets[change.budget_id].record, deleted=True)
+        elif isinstance(change, DeleteSpec):
+            put = {"Project": PutProject, "Upstream": PutUpstream, "Tier": PutTier}[change.kind]
+            del specs[put][f"{change.namespace}/{change.name}"]
         else:
             stored = StoredSpec(
                 tenant_id=change.tenant_id, namespace=change.namespace, name=change.name, spec=change.spec
@@ -363,3 +368,16 @@ def test_a_budgets_phase_is_the_first_thing_to_know(changes: dict[str, Any], pha
         assert BudgetStatus(record=soft, remaining=left, most_used=used, active=1).phase == told
     suspended = record_of(sessions(suspended=True))
     assert BudgetStatus(record=suspended, remaining=suspended.limit_amount).phase == "Suspended"
+
+
+@pytest.mark.parametrize("kind", ["Project", "Upstream", "Tier", "Budget"])
+def test_what_was_removed_can_be_applied_again_and_removing_it_twice_changes_nothing(kind: KindName) -> None:
+    (manifest,) = (item for item in ALL if item.kind == kind)
+    there = after(planned(ALL))
+    gone = removal(there, kind, manifest.namespace, manifest.name)
+    assert gone.pending
+    assert str(gone.outcomes[0]) == f"{kind.lower()}/{manifest.name} deleted"
+    without = after(gone, there)
+    assert not removal(without, kind, manifest.namespace, manifest.name).pending
+    again = after(planned(ALL, without), without)
+    assert again == there

@@ -2,6 +2,7 @@ from datetime import UTC, datetime, timedelta
 
 import msgspec
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 
 from behest_operator.certificates import Certificates, renewed
 
@@ -14,7 +15,7 @@ def trusts(bundle: bytes, leaf: bytes) -> bool:
     for authority in x509.load_pem_x509_certificates(bundle):
         try:
             certificate.verify_directly_issued_by(authority)
-        except Exception:
+        except (InvalidSignature, ValueError):
             continue
         return True
     return False

@@ -105,7 +105,7 @@ async def _role(dsn: str, name: str) -> str:
         await create_role(connection, name, tenants=["acme"], password=password)
     finally:
         await connection.close()
-    return dsn.replace(dsn.split("//")[1].split("@")[0], f"{name}:{password}", 1)
+    return dsn.replace(dsn.split("//")[1].split("@", maxsplit=1)[0], f"{name}:{password}", 1)
 
 
 async def _drop(dsn: str, *names: str) -> None:
@@ -128,18 +128,21 @@ def pod(template: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     (folder / "database-url").write_text(asyncio.run(_role(dsn, roles[0])))
     (folder / "data-key").write_text(base64.b64encode(tenant_key(MASTER_KEY, "acme")).decode())
     port = free_port(0)
-    with _echo() as echo_url, running_stack(
-        dsn,
-        folder,
-        BEHEST_DATABASE_URL="",
-        BEHEST_DATABASE_URL_FILE=str(folder / "database-url"),
-        BEHEST_DATA_KEY_FILE=str(folder / "data-key"),
-        BEHEST_POD_BIND=f"127.0.0.1:{port}",
-        BEHEST_WORKLOAD_NAMESPACE="pod",
-        BEHEST_WORKLOAD_NAME="web",
-        BEHEST_WORKLOAD_PROJECT="shop",
-        BEHEST_WORKLOAD_LABELS='{"app":"web"}',
-    ) as stack:
+    with (
+        _echo() as echo_url,
+        running_stack(
+            dsn,
+            folder,
+            BEHEST_DATABASE_URL="",
+            BEHEST_DATABASE_URL_FILE=str(folder / "database-url"),
+            BEHEST_DATA_KEY_FILE=str(folder / "data-key"),
+            BEHEST_POD_BIND=f"127.0.0.1:{port}",
+            BEHEST_WORKLOAD_NAMESPACE="pod",
+            BEHEST_WORKLOAD_NAME="web",
+            BEHEST_WORKLOAD_PROJECT="shop",
+            BEHEST_WORKLOAD_LABELS='{"app":"web"}',
+        ) as stack,
+    ):
 
         async def seal() -> None:
             connection = await connect(dsn)
@@ -171,26 +174,6 @@ def pod(template: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     asyncio.run(execute(template.dsn, f"DROP DATABASE {name} WITH (FORCE)"))
 
 
-def test_an_unmodified_client_without_a_token_is_the_workload_until_its_budget_is_gone(pod: Pod) -> None:
-    answer = pod.client().chat.completions.create(
-        model="gpt-4o-mini", messages=[{"role": "user", "content": "hello"}], max_tokens=20
-    )
-    assert answer.choices[0].message.content
-    (row,) = wait_until(
-        lambda: pod.stack.query("SELECT user_id, attributes ->> 'workload' AS workload FROM ledger.request"),
-        what="the settlement",
-    )
-    assert row == {"user_id": "workload:pod/web", "workload": "pod/web"}
-    with pytest.raises(openai.APIError) as caught:
-        for _ in range(100):
-            stream = pod.client().chat.completions.create(
-                model="gpt-4o-mini", messages=[{"role": "user", "content": "hello"}], stream=True
-            )
-            for _chunk in stream:
-                pass
-    assert caught.value.code == "quota_exceeded"
-
-
 def test_the_provider_is_called_with_the_key_that_was_sealed_in_the_ledger(pod: Pod) -> None:
     answer = httpx.post(
         pod.url + "/v1/chat/completions",
@@ -198,6 +181,32 @@ def test_the_provider_is_called_with_the_key_that_was_sealed_in_the_ledger(pod: 
         headers={"Authorization": "Bearer behest-pod"},
     )
     assert answer.json()["choices"][0]["message"]["content"] == "Bearer sk-echo-0123456789"
+
+
+def test_an_unmodified_client_without_a_token_is_the_workload_until_its_budget_is_gone(pod: Pod) -> None:
+    answer = pod.client().chat.completions.create(
+        model="gpt-4o-mini", messages=[{"role": "user", "content": "hello"}], max_tokens=20
+    )
+    assert answer.choices[0].message.content
+    rows = wait_until(
+        lambda: pod.stack.query(
+            "SELECT user_id, attributes ->> 'workload' AS workload FROM ledger.request WHERE model = 'gpt-4o-mini'"
+        ),
+        what="the settlement",
+    )
+    assert rows[0] == {"user_id": "workload:pod/web", "workload": "pod/web"}
+
+    def spend_on() -> None:
+        for _ in range(100):
+            stream = pod.client().chat.completions.create(
+                model="gpt-4o-mini", messages=[{"role": "user", "content": "hello"}], stream=True
+            )
+            for _chunk in stream:
+                pass
+
+    with pytest.raises(openai.APIError) as caught:
+        spend_on()
+    assert caught.value.code == "quota_exceeded"
 
 
 def test_where_services_connect_only_tokens_count(pod: Pod) -> None:
@@ -229,6 +238,13 @@ def test_a_rotated_login_and_signing_key_are_taken_without_a_restart(pod: Pod) -
         return {item["kid"].partition(".")[0] for item in keys}
 
     wait_until(lambda: key.kid in kids(), what="the new signing key")
+    # The holder was registered under the former login, and lives on under the new one.
+    renewed = "SELECT renewed_at FROM ledger.holder WHERE fenced_at IS NULL"
+    before = pod.stack.query(renewed)
+    wait_until(
+        lambda: pod.stack.query(renewed)[0]["renewed_at"] > before[0]["renewed_at"],
+        what="a renewal under the new login",
+    )
 
 
 def test_drain_makes_the_sidecar_unready_and_returns_when_nothing_runs(pod: Pod) -> None:

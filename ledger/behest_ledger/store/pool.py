@@ -64,7 +64,7 @@ async def open_pool(
 
 
 async def use_dsn(pool: Connection, dsn: str, *, application_name: str = "behest", pooler: Pooler = "none") -> None:
-    """From now on connect as another login: every connection is replaced when it is asked for next, or idle for long."""
+    """Connect as another login from now on: each connection is replaced when it is asked for next, or idle for long."""
     pool.set_connect_args(dsn, **_connect_arguments(application_name, pooler))
     await pool.expire_connections()
 

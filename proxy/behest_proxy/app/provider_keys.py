@@ -31,7 +31,7 @@ class ProviderKeys:
             try:
                 opened[item.tenant_id, item.place] = item.opened(self._key_of_tenant(item.tenant_id))
             except SealingError as error:
-                logger.error("the key of %s cannot be opened: %s", item.place, error)
+                logger.warning("the key of %s cannot be opened: %s", item.place, error)
         self._opened = opened
 
     def of(self, upstream: UpstreamEntry) -> str | None:

@@ -130,7 +130,7 @@ def _check_workload(given: Mapping[str, Any]) -> None:
         return
     for needed in ("workload_namespace", "workload_name", "workload_project"):
         if not given.get(needed):
-            raise SettingsError(f"BEHEST_{needed.upper()} is not set: BEHEST_POD_BIND needs to know whose requests come")
+            raise SettingsError(f"BEHEST_{needed.upper()} is not set: BEHEST_POD_BIND needs to know whose pod it is")
     host = given["pod_bind"].rpartition(":")[0]
     if host not in ("127.0.0.1", "[::1]", "localhost"):
         raise SettingsError(f"BEHEST_POD_BIND must be on loopback, not {host!r}: whoever connects there needs no token")

@@ -1,7 +1,7 @@
 """`behest drain`: what a pod runs before it stops its sidecar.
 
-The sidecar says that it is not ready, so that Services send nothing new, and goes on with what it has; the command waits
-until that is over, or for as long as the sidecar would wait itself.
+The sidecar says that it is not ready, so that Services send nothing new, and goes on with what it has; the command
+waits until that is over, or for as long as the sidecar would wait itself.
 """
 
 import argparse

@@ -35,7 +35,11 @@ def run(arguments: argparse.Namespace) -> int:
         settings = from_environment()
     except SettingsError as error:
         raise UserError(str(error), "see `behest proxy --help`") from None
-    logging.basicConfig(stream=sys.stderr, level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=settings.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
     import uvloop
 
     return uvloop.run(_serve(settings))

@@ -43,8 +43,9 @@ def is_token(bearer: str) -> bool:
 def labels_from(text: str) -> dict[str, str]:
     """Labels written as a JSON object. Raises ValueError with what they must be."""
     try:
-        if len(text) > LABELS_BYTES_MAX:
-            raise ValueError("longer than any pod's labels")
-        return msgspec.json.decode(text, type=dict[str, str])
-    except (msgspec.DecodeError, ValueError):
-        raise ValueError("must be a JSON object of strings") from None
+        labels = msgspec.json.decode(text, type=dict[str, str])
+    except msgspec.DecodeError:
+        labels = None
+    if labels is None or len(text) > LABELS_BYTES_MAX:
+        raise ValueError("must be a JSON object of strings, as a pod's labels are")
+    return labels
