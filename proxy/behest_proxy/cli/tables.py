@@ -4,8 +4,6 @@ import json
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
-import yaml
-
 from behest_proxy.cli.terminal import Terminal
 
 OutputForm: TypeAlias = Literal["table", "json", "yaml"]
@@ -25,4 +23,6 @@ def print_document(terminal: Terminal, document: Any, form: Literal["json", "yam
     if form == "json":
         terminal.line(json.dumps(document, indent=2, ensure_ascii=False))
     else:
+        import yaml  # slow to import, and few ask for it
+
         terminal.line(yaml.safe_dump(document, sort_keys=False, allow_unicode=True).rstrip("\n"))
