@@ -78,7 +78,7 @@ async def correct(
 async def _correct(connection: Connection, corrections: Sequence[Correction]) -> list[Corrected]:
     charged = await _charged(connection, corrections)
     books: dict[str, Rates | None] = {}
-    errors: list[CorrectionError] = []
+    unpriced: dict[UUID, CorrectionError] = {}
     items: list[dict[str, Any]] = []
     for correction in corrections:
         now = charged.get(correction.request_id)
@@ -89,7 +89,7 @@ async def _correct(connection: Connection, corrections: Sequence[Correction]) ->
             try:
                 lines = corrected_lines(now.lines, correction, books[now.price_key])
             except CorrectionError as error:
-                errors.append(error)
+                unpriced[correction.request_id] = error
         items.append(
             {
                 "tenant_id": now.tenant_id if now is not None else correction.tenant_id or "",
@@ -100,15 +100,16 @@ async def _correct(connection: Connection, corrections: Sequence[Correction]) ->
                 "lines": lines,
             }
         )
-    if errors:
-        raise CorrectionsRefusedError(errors)
     rows = await connection.fetch(
         "SELECT request_id, result, number, overrun FROM ledger.correct_v1($1::text::jsonb)",
         msgspec.json.encode(items).decode(),
     )
+    errors: list[CorrectionError] = []
     for correction, row in zip(corrections, rows, strict=True):
         if row["result"] in _REFUSALS:
             errors.append(CorrectionError(correction.place, _REFUSALS[row["result"]].format(correction.request_id)))
+        elif correction.request_id in unpriced and row["result"] != "already":
+            errors.append(unpriced[correction.request_id])
     if errors:
         raise CorrectionsRefusedError(errors)
     return [

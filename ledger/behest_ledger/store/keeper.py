@@ -4,7 +4,7 @@ It fences holders that are dead and moves their holds to suspense, charges what 
 seals what was written, tells of budgets that reached a threshold, makes the partitions of the months to come, and
 forgets holders of long ago. Many keepers may run, one works: the one that has an advisory lock of its own session. The
 lock saves work and is no condition of being right: each step is one function of the database that is whole, bounded,
-and may be called at any time.
+and may be called at any time. Months that are old enough are put away (`store/retention.py`).
 
 True-up, the way from what is believed to what is true, has three steps, and the keeper takes only the middle one. A
 journal that comes back settles its requests itself, out of suspense, and nothing has to be made good. What no journal
@@ -27,6 +27,7 @@ from behest_ledger.money import usd_from_pico
 from behest_ledger.store.errors import LedgerConflictError, LedgerError, LedgerRefusedError, mapped
 from behest_ledger.store.migrate import PARTITIONS_AHEAD_MONTHS, check_schema
 from behest_ledger.store.pool import Connection, connect
+from behest_ledger.store.retention import MONTH_TIMEOUT_S, RETENTION_MONTHS, put_old_months_away
 from behest_ledger.store.seals import Sealed, Sealer
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ class KeeperReport(msgspec.Struct, frozen=True, kw_only=True):
     holders_pruned: int = 0
     seals: int = 0
     sealed_rows: int = 0
+    months_put_away: int = 0
     more: bool = False
     """There is more than one round may do."""
 
@@ -94,7 +96,8 @@ class Keeper:
     """One keeper on a connection of its own: the advisory lock belongs to the session.
 
     `grace_s` is how long a hold waits in suspense for its journal, `policy` what it is charged after that:
-    "checkpoint" what its last checkpoint says, "hold" all that was held.
+    "checkpoint" what its last checkpoint says, "hold" all that was held. `retention_months` whole months stay beside
+    the current one (0: all); older ones are detached, and with `drop_months` dropped.
     """
 
     def __init__(
@@ -105,6 +108,8 @@ class Keeper:
         grace_s: float = GRACE_S,
         policy: Policy = "checkpoint",
         seal_interval_s: float = SEAL_INTERVAL_S,
+        retention_months: int = RETENTION_MONTHS,
+        drop_months: bool = False,
     ) -> None:
         self._dsn = dsn
         self._interval_s = interval_s
@@ -113,6 +118,9 @@ class Keeper:
         self._seal_interval_s = seal_interval_s
         self._sealer = Sealer()
         self._seal_due_s = 0.0
+        self._retention_months = retention_months
+        self._drop_months = drop_months
+        self._retention_due_s = 0.0
         self._connection: Connection | None = None
         self._writable_since: datetime | None = None
         """Since when this session sees the database take writes; None while another keeper works. A restart or a
@@ -163,6 +171,7 @@ class Keeper:
             holders_pruned=pruned,
             seals=sealed.seals,
             sealed_rows=sealed.rows,
+            months_put_away=await self._put_months_away(),
             more=more_to_reap or more_to_charge or more_to_tell or sealed.more,
         )
 
@@ -176,11 +185,11 @@ class Keeper:
                 connection.terminate()
 
     @asynccontextmanager
-    async def _session(self) -> AsyncGenerator[Connection, None]:
+    async def _session(self, timeout_s: float = ROUND_TIMEOUT_S) -> AsyncGenerator[Connection, None]:
         """The connection. It is dropped with its lock after any fault that may mean that the database was away."""
         try:
             with mapped():
-                async with asyncio.timeout(ROUND_TIMEOUT_S):
+                async with asyncio.timeout(timeout_s):
                     if self._connection is None:
                         self._connection = await self._connect()
                     yield self._connection
@@ -222,6 +231,7 @@ class Keeper:
         self._writable_since = since
         self._housekeeping_due_s = 0.0
         self._seal_due_s = 0.0
+        self._retention_due_s = 0.0
         self._told_standby = False
         logger.info("keeping the ledger: every %.1f s", self._interval_s)
         return True
@@ -308,6 +318,16 @@ class Keeper:
         if not sealed.more:
             self._seal_due_s = loop.time() + self._seal_interval_s
         return sealed
+
+    async def _put_months_away(self) -> int:
+        loop = asyncio.get_running_loop()
+        if loop.time() < self._retention_due_s:
+            return 0
+        # A time of its own: to add up a month may take longer than a round.
+        async with self._session(MONTH_TIMEOUT_S) as connection:
+            months = await put_old_months_away(connection, kept_months=self._retention_months, drop=self._drop_months)
+        self._retention_due_s = loop.time() + HOUSEKEEPING_S
+        return sum(month.done for month in months)
 
     async def _keep_house(self, connection: Connection) -> tuple[int, int]:
         loop = asyncio.get_running_loop()

@@ -45,7 +45,8 @@ def add_parser(subparsers: Any) -> None:
         "keep",
         help="end what sidecars left behind, until stopped",
         description="Run the keeper until SIGTERM or SIGINT: holds of sidecars that are gone go to suspense and are"
-        " charged after a period of grace; partitions are made ahead. Of several keepers one works, others stand by.",
+        " charged after a period of grace; what is written is sealed; partitions are made ahead, and put away when they"
+        " are old. Of several keepers one works, others stand by.",
     )
     keep.add_argument(
         "--interval", type=_seconds, default=5.0, metavar="SECONDS", help="between two rounds (default: %(default)s)"
@@ -62,6 +63,17 @@ def add_parser(subparsers: Any) -> None:
         choices=("checkpoint", "hold"),
         default="checkpoint",
         help="what it is charged after that: its last checkpoint, or all that was held (default: %(default)s)",
+    )
+    keep.add_argument(
+        "--retention-months",
+        type=_months,
+        default=13,
+        metavar="N",
+        help="whole months that stay; older ones are taken out of the tables and kept beside them, as <table>_detached;"
+        " 0: all stay (default: %(default)s)",
+    )
+    keep.add_argument(
+        "--drop", action="store_true", help="drop the months that are taken out; only their balances and seals stay"
     )
     for command in (migrate, verify, top, keep):
         add_database_arguments(command)
@@ -95,6 +107,13 @@ def _hours(text: str) -> float:
     return value
 
 
+def _months(text: str) -> int:
+    value = int(text)
+    if not 0 <= value <= 1200:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1200 months")
+    return value
+
+
 async def _keep(dsn: str, arguments: argparse.Namespace) -> int:
     from behest_ledger.store.errors import LedgerUnavailableError
     from behest_ledger.store.keeper import Keeper
@@ -109,7 +128,14 @@ async def _keep(dsn: str, arguments: argparse.Namespace) -> int:
         finally:
             await connection.close()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    keeper = Keeper(dsn, interval_s=arguments.interval, grace_s=arguments.grace_hours * 3600, policy=arguments.policy)
+    keeper = Keeper(
+        dsn,
+        interval_s=arguments.interval,
+        grace_s=arguments.grace_hours * 3600,
+        policy=arguments.policy,
+        retention_months=arguments.retention_months,
+        drop_months=arguments.drop,
+    )
     loop = asyncio.get_running_loop()
     work = loop.create_task(keeper.run(), name="keeper")
     for number in (signal.SIGTERM, signal.SIGINT):

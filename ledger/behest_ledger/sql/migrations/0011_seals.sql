@@ -526,3 +526,131 @@ $$;
 REVOKE ALL ON FUNCTION
     ledger.correct_one_v1(text, date, uuid, text, text, jsonb), ledger.correct_locked_v1(jsonb, uuid[]),
     ledger.correct_v1(jsonb) FROM PUBLIC;
+
+-- Putting months away
+
+-- Why a month cannot be put away, NULL where it can. p_until: up to where everything is sealed.
+CREATE FUNCTION ledger.month_in_use_v1(p_month date, p_until bigint) RETURNS text
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    v_table text;
+    v_astray boolean;
+BEGIN
+    IF p_month >= date_trunc('month', clock_timestamp() AT TIME ZONE 'UTC') THEN
+        RETURN 'it has not ended';
+    ELSIF EXISTS (SELECT FROM ledger.hold h WHERE h.month = p_month AND h.state IN ('open', 'suspense')) THEN
+        RETURN 'it has requests that have not ended';
+    ELSIF EXISTS (SELECT FROM ledger.lease l JOIN ledger.posting p
+                  ON p.tenant_id = l.tenant_id AND p.month = p_month AND p.source_id = l.holder_id
+                 AND p.window_id = l.window_id) THEN
+        RETURN 'it has movements of leases that live';
+    ELSIF EXISTS (SELECT FROM ledger.posting p WHERE p.month = p_month AND p.tx >= p_until)
+       OR EXISTS (SELECT FROM ledger.usage_line u WHERE u.month = p_month AND u.tx >= p_until)
+       OR EXISTS (SELECT FROM ledger.request r WHERE r.month = p_month AND r.tx >= p_until)
+       OR EXISTS (SELECT FROM ledger.correction c WHERE c.month = p_month AND c.tx >= p_until) THEN
+        RETURN 'it has rows that are not sealed yet';
+    END IF;
+    FOREACH v_table IN ARRAY ledger.monthly_tables_v1() LOOP
+        EXECUTE format('SELECT EXISTS (SELECT FROM ledger.%I d WHERE d.month = $1)', v_table || '_default')
+            INTO v_astray USING p_month;
+        IF v_astray THEN
+            RETURN format('it has rows in %s_default', v_table);
+        END IF;
+    END LOOP;
+    RETURN NULL;
+END
+$$;
+
+-- Put a month away: seal what its postings have come to as opening balances, and take its partitions out of the tables.
+-- They stay as tables of their own, <name>_detached, or are dropped. Answers 'detached', 'dropped', 'nothing there', or why
+-- the month stays.
+--
+-- Not CONCURRENTLY: PostgreSQL does that neither beside a default partition nor inside of a transaction, and then the
+-- balances could not appear in the same moment. So the sums are made first, under no lock that anybody notices; then all
+-- tables are locked, for the few milliseconds that detaching takes. Whoever waits for that waits behind it: at most 50 ms
+-- at a time, then it steps back and tries again. What was written meanwhile is found, and nothing is done then.
+CREATE FUNCTION ledger.put_month_away_v1(p_month date, p_drop boolean DEFAULT false) RETURNS text
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
+DECLARE
+    v_month date := date_trunc('month', p_month)::date;
+    v_tables text[];
+    v_table text;
+    v_name text;
+    v_until bigint;
+    v_why text;
+    v_tenant text;
+    v_locked boolean := false;
+BEGIN
+    PERFORM ledger.require_tenants_v1(NULL);
+    SELECT array_agg(t.name ORDER BY t.place) INTO v_tables
+    FROM unnest(ledger.monthly_tables_v1()) WITH ORDINALITY AS t (name, place)
+    JOIN pg_class c ON c.relname = t.name || to_char(v_month, '_YYYY_MM')
+                   AND c.relnamespace = 'ledger'::regnamespace AND c.relispartition;
+    IF v_tables IS NULL THEN
+        RETURN 'nothing there';
+    END IF;
+    SELECT p.sealed_until INTO STRICT v_until FROM ledger.seal_progress p FOR UPDATE;
+    v_why := ledger.month_in_use_v1(v_month, v_until);
+    IF v_why IS NOT NULL THEN
+        RETURN v_why;
+    END IF;
+
+    INSERT INTO ledger.opening_balance (tenant_id, month, window_id, account, amount)
+    SELECT p.tenant_id, v_month, p.window_id, a.account, sum(a.amount)
+    FROM ledger.posting p CROSS JOIN LATERAL (VALUES (p.credit, p.amount), (p.debit, -p.amount)) AS a (account, amount)
+    WHERE p.month = v_month
+    GROUP BY p.tenant_id, p.window_id, a.account HAVING sum(a.amount) <> 0;
+    FOR v_tenant IN
+        SELECT DISTINCT s.tenant_id FROM ledger.seal s WHERE s.month = v_month AND s.kind = 'rows' ORDER BY 1
+    LOOP
+        PERFORM ledger.write_seal_v1(
+            v_tenant, v_month, 'opening', v_until, v_until,
+            (SELECT count(*) FROM ledger.opening_balance o WHERE o.tenant_id = v_tenant AND o.month = v_month),
+            ledger.opening_content_v1(v_tenant, v_month));
+    END LOOP;
+
+    PERFORM set_config('lock_timeout', '50ms', true);
+    FOR i IN 1 .. 20 LOOP
+        BEGIN
+            EXECUTE 'LOCK TABLE ' || (SELECT string_agg(format('ledger.%I', t), ', ') FROM unnest(v_tables) AS t)
+                || ' IN ACCESS EXCLUSIVE MODE';
+            v_locked := true;
+            EXIT;
+        EXCEPTION WHEN lock_not_available THEN
+            PERFORM pg_sleep(0.1);
+        END;
+    END LOOP;
+    v_why := CASE WHEN v_locked THEN ledger.month_in_use_v1(v_month, v_until) ELSE 'its tables are busy' END;
+    IF v_why IS NOT NULL THEN
+        RAISE EXCEPTION 'month % stays: %', to_char(v_month, 'YYYY-MM'), v_why USING ERRCODE = 'lock_not_available';
+    END IF;
+    FOREACH v_table IN ARRAY v_tables LOOP
+        v_name := v_table || to_char(v_month, '_YYYY_MM');
+        EXECUTE format('ALTER TABLE ledger.%I DETACH PARTITION ledger.%I', v_table, v_name);
+        IF p_drop THEN
+            EXECUTE format('DROP TABLE ledger.%I', v_name);
+        ELSE
+            EXECUTE format('ALTER TABLE ledger.%I RENAME TO %I', v_name, v_name || '_detached');
+            IF v_table NOT IN ('hold', 'hold_line') THEN
+                -- The trigger of the partitioned table went with it.
+                EXECUTE format('CREATE TRIGGER is_insert_only BEFORE UPDATE OR DELETE ON ledger.%I '
+                               'FOR EACH ROW EXECUTE FUNCTION ledger.refuse_change_v1()', v_name || '_detached');
+            END IF;
+        END IF;
+    END LOOP;
+    RETURN CASE WHEN p_drop THEN 'dropped' ELSE 'detached' END;
+END
+$$;
+
+-- The months that are older than so many whole months before this one, and not put away.
+CREATE FUNCTION ledger.old_months_v1(p_kept integer) RETURNS SETOF date
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT m.month FROM (
+        SELECT DISTINCT to_date(right(c.relname, 7), 'YYYY_MM') AS month FROM pg_class c
+        WHERE c.relnamespace = 'ledger'::regnamespace AND c.relispartition AND c.relkind = 'r'
+          AND c.relname ~ '^(hold|posting|request|usage_line)_[0-9]{4}_[0-9]{2}$') AS m
+    WHERE m.month < date_trunc('month', clock_timestamp() AT TIME ZONE 'UTC') - make_interval(months => p_kept)
+    ORDER BY m.month;
+$$;
+REVOKE ALL ON FUNCTION
+    ledger.month_in_use_v1(date, bigint), ledger.put_month_away_v1(date, boolean), ledger.old_months_v1(integer) FROM PUBLIC;
