@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import re
 import secrets
 import signal
 import socket
@@ -14,7 +15,7 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 
@@ -28,11 +29,15 @@ from behest_ledger.store.prices import store_book
 from behest_proxy.cli.folder import DataFolder
 from behest_proxy.cli.postgres import Postgres, launch
 from behest_proxy.identity.keys import SigningKey
+from faulty_wire import FaultyWire, faulty_wire
 from stack import process
 
 BEHEST = [sys.executable, "-I", "-m", "behest_proxy.cli.main"]
 TENANT = "torture"
 START_S = 60.0
+DRAIN_S = 30.0
+HOLDER_TTL_S = 4.0
+"""So short that who stays away for a while is found dead."""
 _PORTS = range(20_000, 32_000)
 """Below those that systems give to outgoing connections: nobody gets one while its owner is dead."""
 
@@ -48,7 +53,8 @@ class Database:
         (place / "port").write_text(f"{_own_port()}\n")  # the port of last time is taken again
         self._server = self._launch()
         self.dsn = self._server.dsn
-        self.kills = 0
+        self.stops: Counter[str] = Counter()
+        """How often it was ended in which way."""
         self._earlier_log = ""
         self.lock = asyncio.Lock()
         """Held while it is down."""
@@ -65,8 +71,18 @@ class Database:
                 os.kill(pid, signal.SIGKILL)
         if not self._server.process.wait(20):
             raise AssertionError("PostgreSQL survived kill -9")
+        self._ended("kill")
+
+    def shut_down(self, how: Literal["fast", "immediate"]) -> None:
+        """PostgreSQL's own ways to stop at once: with its transactions rolled back, or without another word."""
+        os.kill(self._server.process.pid, signal.SIGINT if how == "fast" else signal.SIGQUIT)
+        if not self._server.process.wait(20):
+            raise AssertionError(f"PostgreSQL did not stop in the way {how}")
+        self._ended(how)
+
+    def _ended(self, how: str) -> None:
         self._earlier_log += self._current_log()  # each start begins a new file
-        self.kills += 1
+        self.stops[how] += 1
 
     def start(self) -> None:
         """Recover and serve again, where the sidecars look for it."""
@@ -120,6 +136,10 @@ class Sidecar:
     admin_port: int
     log: Path
     launch: Callable[[], subprocess.Popen[bytes]]
+    wire: FaultyWire
+    """Its way to PostgreSQL."""
+    drains: int = 0
+    slowest_start_s: float = 0.0
     kills_s: list[float] = field(default_factory=list[float])
     """When it was killed, on the monotonic clock."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -133,10 +153,32 @@ class Sidecar:
         self.process.kill()
         self.process.wait(20)
 
+    async def drain(self) -> None:
+        """As whoever rolls out a new version does. Raises `AssertionError` where it does not end well."""
+        assert self.process is not None
+        self.process.terminate()
+        self.drains += 1
+        try:
+            status = await asyncio.to_thread(self.process.wait, DRAIN_S)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"sidecar {self.number} did not end after SIGTERM") from None
+        if status != 0:
+            raise AssertionError(f"sidecar {self.number} ended with {status} after SIGTERM")
+
+    async def ended(self) -> None:
+        """Wait for its end, for a while."""
+        if self.process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                await asyncio.to_thread(self.process.wait, DRAIN_S)
+
     async def start(self) -> None:
         """Until it answers. One that ends because its ledger is down is started again."""
+        began_s = time.monotonic()
+        await self._start(began_s + START_S)
+        self.slowest_start_s = max(self.slowest_start_s, time.monotonic() - began_s)
+
+    async def _start(self, deadline_s: float) -> None:
         self.process = self.launch()
-        deadline_s = time.monotonic() + START_S
         async with httpx.AsyncClient(trust_env=False) as http:
             while time.monotonic() < deadline_s:
                 if self.process.poll() is not None:
@@ -154,11 +196,41 @@ class Sidecar:
 
 
 @dataclass(kw_only=True)
+class KeeperProcess:
+    """`behest ledger keep`, with little patience."""
+
+    launch: Callable[[], subprocess.Popen[bytes]]
+    log: Path
+    process: subprocess.Popen[bytes]
+
+    def kill(self) -> None:
+        """As a crash would."""
+        self.process.kill()
+        self.process.wait(20)
+
+    def start(self) -> None:
+        """Another one."""
+        self.process = self.launch()
+
+    @property
+    def found_dead(self) -> int:
+        """How many holders it fenced."""
+        return self.log.read_text(errors="replace").count(" is dead: fenced")
+
+    @property
+    def charged(self) -> int:
+        """How many requests it charged by policy, for their sidecar was away for too long."""
+        found = re.findall(r" (\d+) requests that no journal settled", self.log.read_text(errors="replace"))
+        return sum(map(int, found))
+
+
+@dataclass(kw_only=True)
 class Cluster:
     """What is tortured."""
 
     database: Database
     sidecars: list[Sidecar]
+    keeper: KeeperProcess
     sim_url: str
     api_key: str
 
@@ -196,9 +268,14 @@ class Cluster:
             f"sidecar {sidecar.number}: {line[-160:]}"
             for sidecar in self.sidecars
             for line in sidecar.log.read_text(errors="replace").splitlines()
-            if any(word in line for word in words)
+            if any(word in line for word in words) and not any(said in line for said in _EXPECTED)
         )
 
+
+_EXPECTED = (
+    "this process was silent for too long",  # its wire stood still
+    "settlements could not be written before the end",  # it was told to stop while its ledger was away
+)
 
 _UPSTREAM = f"""
 apiVersion: behest.ai/v1alpha1
@@ -227,11 +304,13 @@ async def _prepare(dsn: str, sim_url: str) -> str:
 
 
 @contextlib.asynccontextmanager
-async def running_cluster(folder: Path, *, sidecars: int) -> AsyncGenerator[Cluster]:
+async def running_cluster(folder: Path, *, sidecars: int, recordings: Path | None = None) -> AsyncGenerator[Cluster]:
     """Start everything on an empty ledger; nothing of it is left at the end. `folder`: others must be able to pass."""
-    with contextlib.ExitStack() as processes:
+    async with contextlib.AsyncExitStack() as processes:
         port_file = folder / "sim.port"
         arguments = [*BEHEST, "sim", "--port", "0", "--port-file", str(port_file)]
+        if recordings is not None:
+            arguments += ["--recordings", str(recordings / "chat")]
         processes.enter_context(process(arguments, environment={}, log=folder / "sim.log"))
         database = await asyncio.to_thread(Database, folder / "data")
         processes.callback(database.stop)
@@ -242,12 +321,37 @@ async def running_cluster(folder: Path, *, sidecars: int) -> AsyncGenerator[Clus
         key_file.write_bytes(SigningKey.generate().private_pem())
         key_file.chmod(0o600)
         api_key = await _prepare(database.dsn, sim_url)
-        made = [_sidecar(number, folder, key_file, database.dsn, processes) for number in range(sidecars)]
+        made: list[Sidecar] = []
+        for number in range(sidecars):
+            wire, dsn = await processes.enter_async_context(faulty_wire(database.dsn))
+            made.append(_sidecar(number, folder, key_file, dsn, wire, processes))
         await asyncio.gather(*(sidecar.start() for sidecar in made))
-        yield Cluster(database=database, sidecars=made, sim_url=sim_url, api_key=api_key)
+        keeper = _keeper(folder, database.dsn, processes)
+        try:
+            yield Cluster(database=database, sidecars=made, keeper=keeper, sim_url=sim_url, api_key=api_key)
+        finally:
+            # Here, where their wires still work: whoever leaves the stack stops the loop while it waits.
+            for sidecar in made:
+                if sidecar.process is not None:
+                    sidecar.process.terminate()
+            await asyncio.gather(*(sidecar.ended() for sidecar in made))
 
 
-def _sidecar(number: int, folder: Path, key_file: Path, dsn: str, processes: contextlib.ExitStack) -> Sidecar:
+def _keeper(folder: Path, dsn: str, processes: contextlib.AsyncExitStack) -> KeeperProcess:
+    log = folder / "keeper.log"
+    log.touch()
+    # All that is held is charged, so that what the journal says later can only be less: no window is ever overrun.
+    arguments = [*BEHEST, "ledger", "keep", "--interval", "0.3", "--grace-hours", "0.0002", "--policy", "hold"]
+
+    def start() -> subprocess.Popen[bytes]:
+        return processes.enter_context(process(arguments, environment={"DATABASE_URL": dsn}, log=log))
+
+    return KeeperProcess(launch=start, log=log, process=start())
+
+
+def _sidecar(
+    number: int, folder: Path, key_file: Path, dsn: str, wire: FaultyWire, processes: contextlib.AsyncExitStack
+) -> Sidecar:
     port, admin_port = _own_port(), _own_port()
     log = folder / f"sidecar-{number}.log"
     log.touch()
@@ -258,10 +362,12 @@ def _sidecar(number: int, folder: Path, key_file: Path, dsn: str, processes: con
         "BEHEST_ADMIN_BIND": f"127.0.0.1:{admin_port}",
         "BEHEST_JOURNAL_DIR": str(folder / f"journal-{number}"),
         "BEHEST_NAME": f"torture-{number}",
+        "BEHEST_HOLDER_TTL_S": f"{HOLDER_TTL_S}",
+        "BEHEST_DRAIN_S": "0.5",
         "NO_PROXY": "127.0.0.1,localhost",
     }
 
     def start() -> subprocess.Popen[bytes]:
         return processes.enter_context(process([*BEHEST, "proxy"], environment=environment, log=log))
 
-    return Sidecar(number=number, port=port, admin_port=admin_port, log=log, launch=start)
+    return Sidecar(number=number, port=port, admin_port=admin_port, log=log, launch=start, wire=wire)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torture.client import StreamEnd
+from torture.recordings import Recording
 
 READ_CHUNKS_MAX = 64
 """Chunks that a killed sidecar may have charged for and taken along: what one read of the provider brings."""
@@ -29,6 +30,8 @@ class Figures:
     """The most by which spent + held + suspense ever stood above the highest limit of a window, overruns included."""
     fullest_percent: float = 0.0
     """How much of its limit the fullest window spent at most."""
+    settled_again: int = 0
+    """Settlements that were sent once more afterwards."""
     samples: int = 0
     """How often the windows were looked at while the round went on."""
 
@@ -44,6 +47,7 @@ class Figures:
             "cancelled_received_tokens",
             "cancelled_charged_tokens",
             "samples",
+            "settled_again",
         ):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name in ("killed_excess_chunks_max", "overshoot_pico", "fullest_percent"):
@@ -82,10 +86,14 @@ def judge_streams(
 ) -> list[str]:
     """Every sentence that is not true of these streams. `rows`: the ledger's new rows; `killed`: by stream number."""
     findings: list[str] = []
-    by_number = {seen["body"]["sim"]["seed"]: seen for seen in sim if seen["body"] and "sim" in seen["body"]}
-    if len(by_number) != len(sim):
-        findings.append(f"the provider saw {len(sim)} requests of {len(by_number)} streams")
-    matched: set[str] = set()
+    matched = {one for end in ends for one in end.refused_ids}
+    findings += [
+        f"{rows[one]}: was refused, and costs output" for one in matched & set(rows) if rows[one].output_tokens
+    ]
+    last = [seen for seen in sim if seen["id"] not in matched]
+    by_number = {seen["body"]["sim"]["seed"]: seen for seen in last if seen["body"] and "sim" in seen["body"]}
+    if len(by_number) != len(last):
+        findings.append(f"the provider saw {len(last)} requests of {len(by_number)} streams")
     for end in ends:
         seen = by_number.get(end.plan.number)
         request_id = end.request_id or (seen["id"] if seen else "")
@@ -111,6 +119,8 @@ def _problem(end: StreamEnd, row: Charged | None, *, sent_tokens: int, killed: b
     received = end.received_tokens
     if end.fault:
         return end.fault
+    if end.plan.recording is not None:
+        return _problem_of_recording(end, end.plan.recording, row, killed=killed)
     if row is None:
         if end.status == 200 or received or sent_tokens:
             return "the books do not know it"
@@ -133,6 +143,29 @@ def _problem(end: StreamEnd, row: Charged | None, *, sent_tokens: int, killed: b
     return ""
 
 
+def _problem_of_recording(end: StreamEnd, recording: Recording, row: Charged | None, *, killed: bool) -> str:
+    received = end.received_tokens
+    if row is None:
+        return "the books do not know it" if end.status == 200 or received else ""
+    charged = row.output_tokens
+    most = max(recording.counted_tokens, recording.provider_tokens or 0)
+    if end.status not in (200, None) and row.amount_pico:
+        return "a refused request was charged"
+    if charged > most:
+        return "charged more than the provider sent"
+    if row.source == "provider":
+        # It may be the usage so far, where the provider tells it in the middle.
+        whole = end.done and end.code is None
+        return "not charged what the provider bills" if whole and charged != recording.provider_tokens else ""
+    if charged < received:
+        return "charged less than was received"
+    if end.done:
+        return "" if charged == received else "read to its end, and charged otherwise than received"
+    if end.left or killed:
+        return ""
+    return "" if end.status not in (200, None) or not (end.status or row.amount_pico) else "broken without a kill"
+
+
 def _count(end: StreamEnd, row: Charged | None, *, killed: bool, figures: Figures) -> None:
     name = "unreachable" if end.status is None and row is None else f"{end.status} {end.code}"
     figures.streams[row.outcome if row is not None else name] += 1
@@ -142,7 +175,7 @@ def _count(end: StreamEnd, row: Charged | None, *, killed: bool, figures: Figure
     if end.left:
         figures.cancelled_received_tokens += end.received_tokens
         figures.cancelled_charged_tokens += charged
-    elif killed and not end.done:
+    elif killed and not end.done and end.plan.recording is None:
         figures.killed_streams += 1
         figures.killed_received_tokens += end.received_tokens
         figures.killed_charged_tokens += charged

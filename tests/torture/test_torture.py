@@ -33,8 +33,9 @@ def test_no_kill_passes_a_ceiling_loses_a_token_or_charges_twice() -> None:
                 end = await torture.round(plan_round(seed, number, SCALE, kill_postgres=number == 2))
                 total.add(end.figures)
                 assert end.findings == [], f"seed {seed}, round {number}: {end.events}"
-            assert cluster.database.kills == 1
-            assert sum(len(sidecar.kills_s) for sidecar in cluster.sidecars) >= ROUNDS
+            assert cluster.database.stops["kill"] == 1
+            torture.close()
+            assert sum(len(sidecar.kills_s) + sidecar.drains for sidecar in cluster.sidecars) >= ROUNDS
 
     # Not pytest's own folder: that is closed to others, and root's PostgreSQL runs as somebody else.
     with tempfile.TemporaryDirectory(prefix="behest-torture-") as name:
