@@ -5,6 +5,7 @@ from typing import Any
 
 from behest_ledger.holds import Granted, Refused
 from behest_ledger.store.keeper import Keeper
+from behest_ledger.store.verify import CHECKS
 from ledger.books import Books, granted, keep_books, refused, settlement
 from ledger.sidecars import Sidecar, charge, reap, state
 
@@ -148,3 +149,40 @@ def test_places_are_given_back_by_many_keepers_at_once_and_in_bounded_steps(dsn:
             assert (window.held, window.suspense, window.ceiling) == (0, 0, 10)
 
     keep_books(dsn, work, connections=4)
+
+
+def test_a_place_that_was_given_back_is_proved_by_its_postings(dsn: str) -> None:
+    async def work(books: Books) -> None:
+        await at_once(books, 2)
+        sidecar = await Sidecar.start(books)
+        await sidecar.admitted()
+        await sidecar.die()
+        await reap(books)
+        assert await books.connection.fetchval("SELECT ledger.free_concurrency_v1(10)") == 1
+        freed = "source_id IS NOT NULL AND debit = 'suspense'"
+        changes = {
+            f"DELETE FROM ledger.posting WHERE {freed}": {
+                "balances are the sums of their postings",
+                "what was held for a request was posted for it",
+                "what a holder left behind went to suspense, whole, and came out once",
+            },
+            f"UPDATE ledger.posting SET credit = 'spent' WHERE {freed}": {
+                "every posting moves between accounts that belong together",
+            },
+            "UPDATE ledger.hold_line SET held = 1": {
+                "a window holds what its open requests hold",
+                "what was held for a request was posted for it",
+            },
+            "UPDATE ledger.budget_window SET suspense = 1": {"a window holds what its open requests hold"},
+        }
+        async with books.connection.acquire() as connection:
+            for change, checks in changes.items():
+                undo = connection.transaction()
+                await undo.start()
+                await connection.execute("SET LOCAL session_replication_role = replica")
+                await connection.execute(change)
+                found = {check for check in checks if await connection.fetch(CHECKS[check])}
+                await undo.rollback()
+                assert found == checks, change
+
+    keep_books(dsn, work)
