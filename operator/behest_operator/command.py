@@ -22,12 +22,16 @@ from behest_operator.kubernetes import Credentials, Kubernetes, KubernetesError
 from behest_operator.namespace_secrets import NamespaceSecrets
 from behest_operator.reconciler import Reconciler
 from behest_operator.status import BudgetBoard
+from behest_operator.webhook_certificates import WebhookCertificates
 
 logger = logging.getLogger(__name__)
 
 
 class OperatorSettingsError(ValueError):
     """A setting is missing or malformed; the message names it."""
+
+
+_WEBHOOK_PARTS = ("namespace", "secret", "service")
 
 
 class OperatorSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,6 +43,8 @@ class OperatorSettings(msgspec.Struct, frozen=True, kw_only=True):
     """32 bytes; in the environment `BEHEST_MASTER_KEY_FILE`, a file with them in base64."""
     sidecar_database_url: str
     """The ledger as sidecars reach it; their own logins are put in. Absent: as the operator reaches it."""
+    webhook: WebhookCertificates | None = None
+    """What the certificate is for that the operator looks after; None: somebody else does, or there is no webhook."""
     namespaces: tuple[str, ...] = ()
     """Those that are looked after, with commas between them; empty: all."""
     liveness_bind: str = "0.0.0.0:8081"
@@ -67,6 +73,11 @@ class OperatorSettings(msgspec.Struct, frozen=True, kw_only=True):
             raise OperatorSettingsError(f"BEHEST_MASTER_KEY_FILE: {key_file}: {error}") from None
         if names := environment.get("BEHEST_NAMESPACES", "").strip():
             given["namespaces"] = tuple(name.strip() for name in names.split(",") if name.strip())
+        if configuration := environment.get("BEHEST_WEBHOOK_CONFIGURATION"):
+            names = {part: environment.get(f"BEHEST_WEBHOOK_{part.upper()}", "") for part in _WEBHOOK_PARTS}
+            if missing := [f"BEHEST_WEBHOOK_{part.upper()}" for part, name in names.items() if not name]:
+                raise OperatorSettingsError(f"{missing[0]} is not set: BEHEST_WEBHOOK_CONFIGURATION needs it")
+            given["webhook"] = WebhookCertificates(configuration=configuration, **names)
         if bind := environment.get("BEHEST_LIVENESS_BIND"):
             given["liveness_bind"] = bind
         return cls(**given)
@@ -83,6 +94,8 @@ def add_parser(subparsers: Any) -> None:
         "  BEHEST_DATABASE_URL   the ledger, by its owner's role; or BEHEST_DATABASE_URL_FILE\n"
         "  BEHEST_SIDECAR_DATABASE_URL  the ledger as sidecars reach it (default: as the operator does)\n"
         "  BEHEST_MASTER_KEY_FILE  a file with 32 bytes in base64, under which providers' keys are sealed\n"
+        "  BEHEST_WEBHOOK_CONFIGURATION, _NAMESPACE, _SECRET, _SERVICE\n"
+        "                        the webhook's object, and where its certificate belongs (default: nobody looks after it)\n"
         "  BEHEST_NAMESPACES     those that are looked after, with commas between them (default: all)\n"
         "  BEHEST_LIVENESS_BIND  where probes connect (default: 0.0.0.0:8081)\n"
         "  KUBECONFIG            outside a pod: how to reach the API server",
@@ -153,6 +166,9 @@ class _Process:
             asyncio.create_task(keeper.run(), name="keeper"),
             asyncio.create_task(board.run(), name="status of budgets"),
         ]
+        if self._settings.webhook is not None:
+            looking = self._settings.webhook.run(self._kubernetes)
+            self._tasks.append(asyncio.create_task(looking, name="webhook's certificate"))
 
     async def _stop(self, **_: Any) -> None:
         for task in self._tasks:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from behest_ledger.store.pool import connect
-from behest_operator.crds import KINDS, written
 from cluster.control_plane import CommandFailed, ControlPlane
 from cluster.operator_process import OperatorProcess, condition, eventually
+from cluster.resources import install_crds
 
 ROLE = {
     "apiVersion": "rbac.authorization.k8s.io/v1",
@@ -41,10 +41,7 @@ ROLE = {
 
 @pytest.fixture(scope="module")
 def crds(control_plane: ControlPlane) -> None:
-    for kind in KINDS:
-        control_plane.apply(written(kind))
-    for kind in KINDS:
-        control_plane.kubectl("wait", "--for=condition=Established", f"crd/{kind.lower()}s.behest.ai", "--timeout=30s")
+    install_crds(control_plane)
 
 
 @pytest.fixture
