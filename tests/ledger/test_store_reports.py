@@ -1,7 +1,17 @@
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from behest_ledger.store.reports import BudgetState, TopRow, UsageTotal, budgets_of, top, usage_by_model_and_session
+from behest_ledger.configuration.status import BudgetStatus
+from behest_ledger.store.configuration import read_budgets
+from behest_ledger.store.reports import (
+    BudgetState,
+    TopRow,
+    UsageTotal,
+    budget_status,
+    budgets_of,
+    top,
+    usage_by_model_and_session,
+)
 from ledger.books import WHO, Books, granted, keep_books, settlement
 
 LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
@@ -149,5 +159,41 @@ def test_only_an_attribute_that_is_given_and_does_not_fit_leaves_a_budget_out(ds
         assert await names(user="ann", model="small", labels={"app": "web"}) == ["demo/all", "demo/web"]
         await books.connection.execute("UPDATE ledger.budget SET deleted_at = now() WHERE name = 'all'")
         assert await names(user="ann", model="small") == []
+
+    keep_books(dsn, work)
+
+
+def test_the_status_of_a_budget_has_its_five_biggest_subjects_by_names_that_people_know(dsn: str) -> None:
+    async def work(books: Books) -> None:
+        await books.budget("each", 93, per=["session", "model"], thresholds=[50, 80])
+        record = next(one.record for one in await read_budgets(books.connection, None))
+        assert await budget_status(books.connection, record) == BudgetStatus(record=record, remaining=93)
+        for number in range(7):
+            await spend(books, number, session=f"s{number}")
+        await books.admit(need=3, session="s6")
+        status = await budget_status(books.connection, record)
+        assert (status.active, status.exhausted, status.most_used, status.remaining) == (7, 1, 63, 0)
+        assert (status.spent, status.held, status.phase) == (7 * 3 + 210, 30, "Warning")
+        assert [(entry.subject, entry.spent, entry.held) for entry in status.biggest] == [
+            ([f"demo/shop/ann/s{number}", "small"], 3 + 10 * number, 30 * (number == 6)) for number in (6, 5, 4, 3, 2)
+        ]
+        told = status.wire()
+        assert told["subjects"] == {"active": 7, "exhausted": 1}
+        assert told["biggest"][0] == {
+            "subject": {"session": "demo/shop/ann/s6", "model": "small"}, "spent": "0.000000000063",
+            "held": "0.00000000003",
+        }  # fmt: skip
+
+    keep_books(dsn, work)
+
+
+def test_the_status_of_a_soft_budget_may_be_below_zero_and_is_never_exhausted(dsn: str) -> None:
+    async def work(books: Books) -> None:
+        await books.budget("soft", 10, unit="tokens", enforcement="soft")
+        record = next(one.record for one in await read_budgets(books.connection, None))
+        await spend(books, 29)
+        status = await budget_status(books.connection, record)
+        assert (status.spent, status.remaining, status.exhausted, status.phase) == (30, -20, 0, "Warning")
+        assert status.wire()["remaining"] == "-20"
 
     keep_books(dsn, work)
