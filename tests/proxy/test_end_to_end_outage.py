@@ -1,18 +1,25 @@
 """The database goes away or stands still: streams live on what they hold, nobody is admitted, the books come right."""
 
+import asyncio
 import resource
 import signal
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
+from behest_ledger.store.migrate import migrate
+from behest_proxy.identity.keys import SigningKey
 from conftest import Server, own_database
 from outage import Away, away_stack
 from readers import Reader
-from stack import wait_until
+from stack import process, wait_until
+from torture.cluster import Database
 
 
 @pytest.fixture(scope="module")
@@ -168,3 +175,62 @@ def test_on_a_full_disk_nobody_is_admitted_and_streams_go_on_with_the_credit_the
 
         wait_until(is_served, what="the end of the full disk")
         away.all_is_settled(project, requests=2)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Database]:
+    """A PostgreSQL that may be stopped."""
+    # Not pytest's own folder: that is closed to others, and root's PostgreSQL runs as somebody else.
+    with tempfile.TemporaryDirectory(prefix="behest-outage-") as name:
+        Path(name).chmod(0o711)
+        database = Database(Path(name) / "data")
+        try:
+            asyncio.run(migrate(database.dsn))
+            yield database
+        finally:
+            database.stop()
+
+
+@pytest.mark.parametrize("how", ["fast", "immediate", "kill"])
+def test_streams_outlive_a_restart_of_postgresql(
+    server: Database, tmp_path: Path, how: Literal["fast", "immediate", "kill"]
+) -> None:
+    with away_stack(server.dsn, tmp_path) as away:
+        project, token = away.project(limit_usd="1")
+        streams = [away.reader(token, output_tokens=1_500, chunk_interval_ms=2).begun() for _ in range(6)]
+        server.kill() if how == "kill" else server.shut_down(how)
+        refused = away.reader(token, output_tokens=5).asked()
+        assert (refused.status, refused.code) == (503, "ledger_unavailable")
+        server.start()
+        assert [(stream.ended().chunks, stream.code, stream.done) for stream in streams] == [(1_500, None, True)] * 6
+        rows = away.all_is_settled(project, requests=6)
+        assert [row["output_tokens"] for row in rows] == [1_500] * 6
+
+
+def test_a_sidecar_that_starts_while_its_database_is_away_waits_for_it(database: str, tmp_path: Path) -> None:
+    with away_stack(database, tmp_path) as away:
+        project, token = away.project()
+        stream = away.reader(token, output_tokens=5_000, chunk_interval_ms=5).begun()
+        away.wire.away()
+        away.stack.kill_sidecar()
+        stream.ended()
+        started = threading.Thread(target=away.stack.start_sidecar)
+        started.start()
+        wait_until(lambda: "trying again" in away.stack.log.read_text(), what="the first attempt")
+        away.wire.back()
+        started.join(30)
+        away.until_ready()
+        (row,) = away.all_is_settled(project, requests=1)
+        assert row["outcome"] == "crashed"
+        assert stream.chunks <= row["output_tokens"] <= stream.chunks + 64
+
+
+def test_a_sidecar_that_waits_for_its_database_stops_when_it_is_told_to(tmp_path: Path) -> None:
+    key, log = tmp_path / "signing.pem", tmp_path / "sidecar.log"
+    key.write_bytes(SigningKey.generate().private_pem())
+    environment = {"BEHEST_DATABASE_URL": "postgresql://x@127.0.0.1:1/x", "BEHEST_SIGNING_KEY_FILE": str(key)}
+    arguments = [sys.executable, "-I", "-m", "behest_proxy.cli.main", "proxy"]
+    with process(arguments, environment=environment, log=log) as waiting:
+        wait_until(lambda: "trying again" in log.read_text(), what="the first attempt")
+        waiting.send_signal(signal.SIGTERM)
+        assert waiting.wait(10) == 0

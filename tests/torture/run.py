@@ -91,7 +91,7 @@ async def _torture(arguments: argparse.Namespace, seed: int, folder: Path) -> in
         round_s=arguments.round_s,
         session_limit_usd=arguments.limit_usd,
         intervals_ms=(5, 10, 20),
-        tokens_per_chunk=(1, 3, 7, 40),
+        tokens_per_chunk=(1, 7, 40, 120),
         chunks_max=250,
         recordings=read_recordings(arguments.recordings) if arguments.recordings else {},
     )

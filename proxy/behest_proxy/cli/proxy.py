@@ -2,19 +2,28 @@
 
 import argparse
 import asyncio
+import contextlib
 import inspect
 import logging
 import re
 import signal
 import sys
 from dataclasses import MISSING, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from behest_proxy.app.settings import Settings, SettingsError, from_environment
 from behest_proxy.cli.terminal import UserError
 
+if TYPE_CHECKING:
+    from behest_proxy.app.gateway import Gateway
+
 _STOP_S = 1.0
 """After the drain: for the last bytes of what was ended."""
+_PATIENCE_S = 60.0
+"""A ledger that is away at the start is waited for so long: whoever restarts the process waits longer each time."""
+_RETRY_S = 0.5
+
+logger = logging.getLogger(__name__)
 
 
 def add_parser(subparsers: Any) -> None:
@@ -49,7 +58,6 @@ async def _serve(settings: Settings) -> int:
     from behest_ledger.journal import JournalError
     from behest_ledger.store.errors import LedgerError
     from behest_proxy.app.asgi import admin_app, client_app
-    from behest_proxy.app.gateway import Gateway
     from behest_proxy.edge.server import TlsFiles, serve
 
     loop = asyncio.get_running_loop()
@@ -58,10 +66,11 @@ async def _serve(settings: Settings) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, asked_to_stop.set)
     try:
-        gateway = Gateway(settings)
-        await gateway.start()
+        gateway = await _started(settings, asked_to_stop)
     except (LedgerError, JournalError, OSError, ValueError) as error:
         raise UserError(str(error), "look at BEHEST_DATABASE_URL and BEHEST_SIGNING_KEY_FILE") from None
+    if gateway is None:
+        return 0
     tls = None
     if settings.tls_cert_file is not None and settings.tls_key_file is not None:
         tls = TlsFiles(certificate=settings.tls_cert_file, key=settings.tls_key_file)
@@ -98,6 +107,28 @@ async def _serve(settings: Settings) -> int:
         drained.set()
     await gateway.aclose()
     return 0
+
+
+async def _started(settings: Settings, asked_to_stop: asyncio.Event) -> "Gateway | None":
+    """The sidecar, once its ledger is there. None: it was told to stop before."""
+    from behest_ledger.store.errors import LedgerUnavailableError
+    from behest_proxy.app.gateway import Gateway
+
+    loop = asyncio.get_running_loop()
+    deadline_s = loop.time() + _PATIENCE_S
+    while not asked_to_stop.is_set():
+        gateway = Gateway(settings)
+        try:
+            await gateway.start()
+            return gateway
+        except LedgerUnavailableError as error:
+            if loop.time() > deadline_s:
+                raise
+            logger.warning("the ledger cannot be reached, trying again: %s", error)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_RETRY_S):
+                await asked_to_stop.wait()
+    return None
 
 
 def _environment_help() -> str:
