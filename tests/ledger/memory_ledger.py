@@ -164,16 +164,22 @@ class MoneyLedger(Windows):
         if seq <= hold.last_seq:
             return hold.extension or hold.answer or VOID
         refused, granted = self._more(tenant, hold, need, want, shares)
-        answer = refused if refused is not None else {"verdict": "granted", "output_tokens": granted}
-        if refused is None:
-            for window_id in hold.lines:
+        answer = refused
+        if answer is None:
+            moved: dict[int, str] = {}
+            for window_id in sorted(hold.lines):
                 window = self.windows[window_id]
                 amount = granted * window.output_rate(hold.output_rate)
+                if window.output_rate(hold.output_rate):
+                    moved[window_id] = str(amount)
                 self.post(request, window_id, seq, "available", "held", amount)
                 hold.lines[window_id] += amount
                 window.held += amount
                 window.check()
             hold.granted += granted
+            answer = {
+                "verdict": "granted", "output_tokens": granted, "windows": list(moved), "amounts": list(moved.values()),
+            }  # fmt: skip
         hold.last_seq, hold.extension = seq, answer
         return answer
 

@@ -6,7 +6,8 @@ from uuid import UUID, uuid4
 import msgspec
 
 from behest_ledger.holds import Answer, UsageLine
-from behest_ledger.store import holders, holds
+from behest_ledger.leases import Want
+from behest_ledger.store import holders, holds, leases
 from behest_ledger.store.holders import Checkpoint
 from ledger.books import INPUT_RATE, OUTPUT_RATE, TENANT, Books, admission, granted
 
@@ -44,6 +45,12 @@ class Sidecar:
         one, answer = await self.admit(**what)
         granted(answer)
         return one
+
+    async def lease(self, wants: dict[int, int]) -> dict[int, int]:
+        """Bring the leases to these wants, by window; what is free in each then."""
+        asked = [Want(TENANT, window, want) for window, want in wants.items()]
+        found = await leases.lease(self.books.connection, self.holder_id, asked)
+        return {window: free for (_, window), free in found.items()}
 
     async def checkpoint(self, one: UUID, *, input: int = 0, output: int = 0) -> None:  # noqa: A002 - it is one
         """Write how far a request has come."""

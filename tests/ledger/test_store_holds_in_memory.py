@@ -294,6 +294,9 @@ class InMemory(Bookkeeping):
     async def opened(self) -> Any:
         return MemoryConnection(MemoryLedger(time.time))
 
+    def lease(self, wants: dict[str, int]) -> None:
+        """There are none in memory: they move nothing but who waits for whom."""
+
 
 def test_the_ledger_in_memory_agrees_with_the_model_of_the_books() -> None:
     run_state_machine_as_test(

@@ -1,4 +1,4 @@
-"""The books against a model of them: plain numbers, one step after the other, in any order."""
+"""The books against a model of them: plain numbers, one step after the other, in any order; with a lease or without."""
 
 import asyncio
 from collections.abc import Awaitable
@@ -10,30 +10,52 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule, run_state_machine_as_test
 
 from behest_ledger.holds import Answer, Gone, Granted, Refused
+from behest_ledger.leases import Want
+from behest_ledger.store import holders, leases
 from behest_ledger.store.pool import connect
-from ledger.books import INPUT_RATE, OUTPUT_RATE, Books, new_id, settlement
+from ledger.books import HOLDER, INPUT_RATE, OUTPUT_RATE, TENANT, Books, new_id, settlement
 
 T = TypeVar("T")
 USERS = ("ann", "bob")
 UNITS: dict[str, Any] = {"money": "usd", "tokens": "tokens", "input": "tokens", "calls": "requests"}
 KINDS = {"input": "input"}
-LIMITS = {"money": 1000, "tokens": 150, "input": 100, "calls": 8}
+LIMITS = {"money": 2000, "tokens": 300, "input": 200, "calls": 12}
 TOKENS = st.integers(0, 30)
+LEASED = st.sampled_from([0, 3, 70, 250, 500])
 
 
 class Balance:
-    """A window as plain numbers."""
+    """A window as plain numbers, with the one lease on it."""
 
     def __init__(self, limit: int) -> None:
         self.limit = self.ceiling = limit
         self.spent = self.held = self.overrun = self.live = 0
+        self.free = self.new_live = 0
 
     @property
     def left(self) -> int:
-        return self.limit - self.spent - self.held
+        return self.limit - self.spent - self.held - self.free
+
+    @property
+    def told_live(self) -> int:
+        """What the window's row counts: its lease tells it later of whom it admitted."""
+        return self.live - self.new_live
 
     def release(self) -> None:
-        self.ceiling = max(self.limit, self.spent + self.held)
+        self.ceiling = max(self.limit, self.spent + self.held + self.free)
+
+    def lease(self, slice: int) -> None:  # noqa: A002 - it is one
+        self.free, self.new_live = slice, 0
+        self.release()
+
+    def pays(self, wish: int) -> bool:
+        """Whether the lease pays it, so that the window is not asked."""
+        return 0 < self.free >= wish
+
+    def find(self, lacking: int) -> None:
+        """Take the lease back where that helps."""
+        if 0 < lacking <= self.free:
+            self.lease(0)
 
 
 def in_unit(budget: str, input_tokens: int, output_tokens: int, requests: int) -> int:
@@ -59,6 +81,7 @@ class Bookkeeping(RuleBasedStateMachine):
         self.connection: Any = self.run(self.opened())
         self.books = self.books_of(self.dsn, self.connection)
         self.limits = dict(LIMITS)
+        self.ids: dict[tuple[str, str], int] = {}
         self.suspended = False
         self.windows: dict[tuple[str, str], Balance] = {}
         self.held: dict[UUID, dict[tuple[str, str], int]] = {}
@@ -78,8 +101,10 @@ class Bookkeeping(RuleBasedStateMachine):
         await connection.execute(
             "SET synchronous_commit = off; SET session_replication_role = replica;"
             " TRUNCATE ledger.budget, ledger.budget_subject, ledger.budget_window, ledger.hold, ledger.hold_line,"
-            " ledger.posting, ledger.request, ledger.usage_line; RESET session_replication_role"
+            " ledger.posting, ledger.request, ledger.usage_line, ledger.holder, ledger.lease;"
+            " RESET session_replication_role"
         )
+        await holders.register(connection, HOLDER, "pod-1", 3600.0)
         return connection
 
     def put(self, name: str) -> None:
@@ -100,22 +125,25 @@ class Bookkeeping(RuleBasedStateMachine):
 
     def expected(self, windows: dict[tuple[str, str], Balance], fixed: dict[str, int], need: int, want: int,
                  *, extending: bool) -> int | None:  # fmt: skip
-        """The output tokens that are granted, None: refused."""
-        most = max(need, want)
+        """The output tokens that are granted, None: refused. Whoever is refused somewhere has asked everywhere."""
+        most: int | None = max(need, want)
         for (name, _), window in windows.items():
             rate = in_unit(name, 0, 1, 0)
-            if rate == 0 and extending:
+            if (rate == 0 and extending) or window.pays(fixed.get(name, 0) + max(need, want) * rate):
                 continue
+            window.find(fixed.get(name, 0) + need * rate - window.left)
             left = window.left - fixed.get(name, 0)
             if left < 0 or left < need * rate:
-                return None
-            if rate:
-                sharing = max(window.live, 1) if extending else window.live + 1
+                most = None
+            elif rate and most is not None:
+                sharing = max(window.told_live, 1) if extending else max(window.told_live, 0) + 1
                 most = min(most, left // rate, max(need, 16, left // (rate * 2 * sharing)))
         return most
 
-    @rule(target=holds, user=st.sampled_from(USERS), input_tokens=TOKENS, need=TOKENS, want=TOKENS)
-    def admit(self, user: str, input_tokens: int, need: int, want: int) -> UUID:
+    @rule(target=holds, user=st.sampled_from(USERS), input_tokens=TOKENS, need=TOKENS, want=TOKENS, leased=LEASED)
+    def admit(self, user: str, input_tokens: int, need: int, want: int, leased: int) -> UUID:
+        if leased:
+            self.lease({**dict.fromkeys(LIMITS, leased), "bob": leased})
         one, answer = self.run(self.books.admit(user=user, input=input_tokens, need=need, want=want, shares=2))
         if self.suspended:
             assert isinstance(answer, Refused)
@@ -123,6 +151,10 @@ class Bookkeeping(RuleBasedStateMachine):
             return one
         windows = self.of(user)
         fixed = {name: in_unit(name, input_tokens, 0, 1) for name in UNITS}
+        paid = {
+            key for key, window in windows.items()
+            if window.pays(fixed[key[0]] + max(need, want) * in_unit(key[0], 0, 1, 0))
+        }  # fmt: skip
         grant = self.expected(windows, fixed, need, want, extending=False)
         if grant is None:
             assert isinstance(answer, Refused), answer
@@ -136,6 +168,9 @@ class Bookkeeping(RuleBasedStateMachine):
             self.held[one][key] = amount
             window.held += amount
             window.live += 1
+            if key in paid:
+                window.free -= amount
+                window.new_live += 1
         return one
 
     @rule(one=holds, need=TOKENS, want=TOKENS)
@@ -148,7 +183,17 @@ class Bookkeeping(RuleBasedStateMachine):
         self.seq[one] = seq
         self.last[one] = answer
         windows = {key: self.windows[key] for key in self.held[one]}
-        grant = None if self.suspended else self.expected(windows, {}, need, want, extending=True)
+        paid = {
+            key for key, window in windows.items()
+            if window.pays(max(need, want) * in_unit(key[0], 0, 1, 0)) and in_unit(key[0], 0, 1, 0)
+        }  # fmt: skip
+        if self.suspended:
+            # Those that are looked at before it is seen have asked already.
+            asked = {key: windows[key] for key in windows if self.ids[key] < self.ids["tokens", ""]}
+            self.expected(asked, {}, need, want, extending=True)
+            grant = None
+        else:
+            grant = self.expected(windows, {}, need, want, extending=True)
         if grant is None:
             assert isinstance(answer, Refused), answer
             return
@@ -158,6 +203,8 @@ class Bookkeeping(RuleBasedStateMachine):
             amount = in_unit(key[0], 0, grant, 0)
             self.held[one][key] += amount
             window.held += amount
+            if key in paid:
+                window.free -= amount
 
     @rule(one=holds)
     def extend_again(self, one: UUID) -> None:
@@ -207,6 +254,23 @@ class Bookkeeping(RuleBasedStateMachine):
             if key[0] == name:
                 window.limit = self.limits[name]
                 window.release()
+                if window.left < 0 < window.free:
+                    window.lease(0)
+
+    @rule(wants=st.dictionaries(st.sampled_from([*LIMITS, "bob"]), LEASED, max_size=5))
+    def lease(self, wants: dict[str, int]) -> None:
+        named = {("money", "bob") if name == "bob" else (name, "ann" if name == "money" else ""): want
+                 for name, want in wants.items()}  # fmt: skip
+        asked = [Want(TENANT, self.ids.get(key, 4711), want) for key, want in named.items()]
+        if not asked:
+            return
+        answer = self.run(leases.lease(self.connection, HOLDER, asked))
+        for key, window in self.windows.items():
+            want = named.get(key, 0) if key in self.ids else 0
+            fair = max(window.left + window.free, 0) // 4
+            slice_ = min(want, fair) if min(want, fair) * 4 >= want else 0
+            assert answer.get((TENANT, self.ids.get(key, 0)), 0) == slice_, (key, want)
+            window.lease(slice_)
 
     @rule(suspended=st.booleans())
     def suspend(self, suspended: bool) -> None:
@@ -219,11 +283,12 @@ class Bookkeeping(RuleBasedStateMachine):
             (window.budget.removeprefix("demo/"), "".join(window.subject)): window
             for window in self.run(self.books.windows())
         }
+        self.ids = {key: window.window_id for key, window in found.items()}
         assert found.keys() >= {key for key, window in self.windows.items() if window.live}
         for key, window in found.items():
             model = self.windows.get(key) or Balance(self.limits[key[0]])
             assert (window.limit, window.ceiling, window.spent, window.held, window.overrun, window.live) == (
-                model.limit, model.ceiling, model.spent, model.held, model.overrun, model.live,
+                model.limit, model.ceiling, model.spent, model.held + model.free, model.overrun, model.told_live,
             ), key  # fmt: skip
             assert window.spent + window.held <= (window.ceiling or 0)
 

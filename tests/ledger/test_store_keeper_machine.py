@@ -15,7 +15,7 @@ from ledger.books import INPUT_RATE, OUTPUT_RATE, Books, new_id, settlement
 from ledger.sidecars import Sidecar, charge, reap, state
 
 T = TypeVar("T")
-LIMITS = {"money": 900, "tokens": 120, "calls": 9}
+LIMITS = {"money": 1800, "tokens": 240, "calls": 12}
 UNITS: dict[str, Any] = {"money": "usd", "tokens": "tokens", "calls": "requests"}
 TOKENS = st.integers(0, 20)
 PICK = st.integers(0, 10**6)
@@ -27,15 +27,36 @@ def in_unit(budget: str, input_tokens: int, output_tokens: int, requests: int) -
 
 
 class Balance:
-    """A window as plain numbers."""
+    """A window as plain numbers, with its leases by holder."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.spent = self.held = self.suspense = self.overrun = self.live = 0
+        self.free: dict[int, int] = {}
+        self.new_live: dict[int, int] = {}
+
+    @property
+    def leased(self) -> int:
+        return sum(self.free.values())
 
     @property
     def left(self) -> int:
-        return self.limit - self.spent - self.held - self.suspense
+        return self.limit - self.spent - self.held - self.suspense - self.leased
+
+    def lease(self, holder: int, slice: int) -> None:  # noqa: A002 - it is one
+        self.free[holder], self.new_live[holder] = slice, 0
+
+    def pays(self, holder: int, wish: int) -> bool:
+        """Whether the holder's lease pays it, so that the window is not asked."""
+        return 0 < self.free.get(holder, 0) >= wish
+
+    def has(self, need: int) -> bool:
+        """Whether the window has it, with what its leases give back where that helps."""
+        if 0 < need - self.left <= self.leased:
+            for holder, free in self.free.items():
+                if free:
+                    self.lease(holder, 0)
+        return need <= self.left
 
     def charge(self, more: int) -> None:
         """Spend as far as there is room; less comes out of the overrun first."""
@@ -85,7 +106,7 @@ class Keeping(RuleBasedStateMachine):
         await connection.execute(
             "SET synchronous_commit = off; SET session_replication_role = replica;"
             " TRUNCATE ledger.budget, ledger.budget_subject, ledger.budget_window, ledger.hold, ledger.hold_line,"
-            " ledger.posting, ledger.request, ledger.usage_line, ledger.correction, ledger.holder;"
+            " ledger.posting, ledger.request, ledger.usage_line, ledger.holder, ledger.lease;"
             " RESET session_replication_role"
         )
         return connection
@@ -93,20 +114,27 @@ class Keeping(RuleBasedStateMachine):
     def pick(self, number: int) -> tuple[UUID, Held]:
         return list(self.holds.items())[number % len(self.holds)]
 
-    @rule(who=PICK, input_tokens=TOKENS, need=TOKENS)
-    def admit(self, who: int, input_tokens: int, need: int) -> None:
+    @rule(who=PICK, input_tokens=TOKENS, need=TOKENS, leased=st.sampled_from([0, 2, 20, 200]))
+    def admit(self, who: int, input_tokens: int, need: int, leased: int) -> None:
         holder = who % len(self.sidecars)
+        if leased:
+            self.lease(who, dict.fromkeys(LIMITS, leased))
         one, answer = self.run(self.sidecars[holder].admit(input=input_tokens, need=need))
         if holder in self.dead:
             assert answer == Gone()
-        elif any(in_unit(name, input_tokens, need, 1) > window.left for name, window in self.windows.items()):
-            assert isinstance(answer, Refused)
-        else:
-            assert isinstance(answer, Granted)
+            return
+        amounts = {name: in_unit(name, input_tokens, need, 1) for name in self.windows}
+        paid = {name for name, window in self.windows.items() if window.pays(holder, amounts[name])}
+        room = [window.has(amounts[name]) for name, window in self.windows.items() if name not in paid]
+        assert isinstance(answer, Granted if all(room) else Refused)
+        if all(room):
             self.holds[one] = Held(holder, input_tokens, need)
             for name, window in self.windows.items():
-                window.held += in_unit(name, input_tokens, need, 1)
+                window.held += amounts[name]
                 window.live += 1
+                if name in paid:
+                    window.free[holder] -= amounts[name]
+                    window.new_live[holder] += 1
 
     @precondition(lambda self: self.holds)
     @rule(number=PICK, need=TOKENS)
@@ -117,12 +145,33 @@ class Keeping(RuleBasedStateMachine):
         if hold.state != "open":
             assert answer == Gone()
             return
-        room = all(in_unit(name, 0, need, 0) <= self.windows[name].left for name in ("money", "tokens"))
-        assert isinstance(answer, Granted if room else Refused)
-        if room:
+        amounts = {name: in_unit(name, 0, need, 0) for name in ("money", "tokens")}
+        paid = {name for name, amount in amounts.items() if self.windows[name].pays(hold.holder, amount)}
+        room = [self.windows[name].has(amount) for name, amount in amounts.items() if name not in paid]
+        assert isinstance(answer, Granted if all(room) else Refused)
+        if all(room):
             hold.output += need
-            for name, window in self.windows.items():
-                window.held += in_unit(name, 0, need, 0)
+            for name, amount in amounts.items():
+                self.windows[name].held += amount
+                if name in paid:
+                    self.windows[name].free[hold.holder] -= amount
+
+    @rule(who=PICK, wants=st.fixed_dictionaries({name: st.integers(0, limit // 2) for name, limit in LIMITS.items()}))
+    def lease(self, who: int, wants: dict[str, int]) -> None:
+        holder = who % len(self.sidecars)
+        ids = {window.budget.removeprefix("demo/"): window.window_id for window in self.run(self.books.windows())}
+        answer = self.run(self.sidecars[holder].lease({ids[name]: want for name, want in wants.items() if name in ids}))
+        if holder in self.dead:
+            assert answer == {}
+            return
+        for name, window_id in ids.items():
+            window = self.windows[name]
+            mine = window.free.get(holder, 0)
+            others = sum(1 for other, free in window.free.items() if free and other != holder)
+            fair = (window.left + mine) // (4 * (others + 1))
+            slice_ = min(wants[name], fair) if min(wants[name], fair) * 4 >= wants[name] else 0
+            assert answer.get(window_id, 0) == slice_
+            window.lease(holder, slice_)
 
     @precondition(lambda self: self.holds)
     @rule(number=PICK, part=st.integers(0, 3))
@@ -144,6 +193,10 @@ class Keeping(RuleBasedStateMachine):
     @rule(limit=st.sampled_from([1, 100]))
     def reap(self, limit: int) -> None:
         self.fenced |= self.dead
+        for window in self.windows.values():
+            for holder in self.dead:
+                window.free.pop(holder, None)
+                window.new_live.pop(holder, None)
         lost = sorted(one for one, hold in self.holds.items() if hold.state == "open" and hold.holder in self.fenced)
         assert self.run(reap(self.books, limit)) == min(limit, len(lost))
         for one in lost:
@@ -201,7 +254,8 @@ class Keeping(RuleBasedStateMachine):
         for found in self.run(self.books.windows()):
             model = self.windows[found.budget.removeprefix("demo/")]
             assert (found.spent, found.held, found.suspense, found.overrun, found.live) == (
-                model.spent, model.held, model.suspense, model.overrun, model.live,
+                model.spent, model.held + model.leased, model.suspense, model.overrun,
+                model.live - sum(model.new_live.values()),
             ), found.budget  # fmt: skip
             assert found.spent + found.held + found.suspense <= found.limit
 

@@ -11,7 +11,9 @@ from ledger.books import Books, granted, keep_books, settlement
 from ledger.sidecars import Sidecar, charge, reap
 
 BALANCES = "balances are the sums of their postings"
-OPEN = "a window holds what its open requests hold"
+OPEN = "a window holds what its open requests and its leases hold"
+FREE = "what is free in a lease is what was granted to it and is neither used nor returned"
+LEASE = "a lease is of a holder that may have it and of a window, and counts its own postings"
 ABOVE = "no hard window is above its ceiling"
 CEILING = "a ceiling is the limit, or the balance found above a lowered one"
 BUDGET = "a live window is as its budget says"
@@ -141,6 +143,16 @@ CHANGES: list[tuple[str, str, set[str]]] = [
     ("usage_line", "SET entry = 1 {settled} AND class = 'output'", {CORRECTION}),
     ("usage_line", "SET request_id = gen_random_uuid() {settled} AND class = 'input'", {AMOUNT, ORPHANS}),
     ("usage_line", "DELETE {settled} AND class = 'input'", {AMOUNT, TOKENS}),
+    ("lease", "SET free = free + 1 {lease}", {BALANCES, OPEN, FREE}),
+    ("lease", "SET new_live = new_live + 1 {lease}", {OPEN}),
+    ("lease", "SET seq = seq + 1 {lease}", {LEASE}),
+    ("lease", "SET holder_id = gen_random_uuid() {lease}", {FREE, LEASE}),
+    ("lease", "SET window_id = 4711 {lease}", {BALANCES, OPEN, FREE, LEASE}),
+    ("lease", "DELETE {lease}", {BALANCES, OPEN, FREE}),
+    ("posting", "SET amount = amount + 1 WHERE $1 > 0 AND credit = 'leased'", {BALANCES, FREE}),
+    ("posting", "SET amount = amount + 1 WHERE $1 > 0 AND debit = 'leased'", {BALANCES, FREE, POSTED}),
+    ("posting", "SET debit = 'available' WHERE $1 > 0 AND debit = 'leased'", {BALANCES, FREE}),
+    ("posting", "SET seq = 0 WHERE $1 > 0 AND credit = 'leased'", {MOVEMENT, LEASE}),
 ]  # fmt: skip
 
 CONSTRAINTS = [
@@ -164,6 +176,10 @@ async def traffic(books: Books) -> tuple[int, UUID, UUID, UUID, UUID, UUID, UUID
     voided, _ = await books.admit(input=20, need=10)
     over, _ = await books.admit(need=95, rate=1, user="bob")
     suspense, policy, corrected = await left_behind(books)
+    sidecar = await Sidecar.start(books)
+    tokens = next(window for window in await books.windows("tokens") if window.subject == ["ann"])
+    assert await sidecar.lease({tokens.window_id: 20}) == {tokens.window_id: 20}
+    await sidecar.admitted(need=2, rate=0)
     results = await books.settle(
         settlement(settled, input=20, output=12), settlement(voided, sent=False), settlement(over, output=101)
     )
@@ -213,7 +229,9 @@ def test_one_changed_row_is_named_by_the_check_that_is_meant_for_it(dsn: str) ->
             "suspense": "WHERE $1 > 0 AND request_id = $5",
             "policy": "WHERE $1 > 0 AND request_id = $6",
             "corrected": "WHERE $1 > 0 AND request_id = $7",
+            "lease": "WHERE $1 > 0 AND free = 18",
         }
+        leased = await books.connection.fetchval("SELECT window_id FROM ledger.lease")
         noticed: set[str] = set()
         async with books.connection.acquire() as connection:
             for table, change, expected in CHANGES:
@@ -241,6 +259,8 @@ def test_one_changed_row_is_named_by_the_check_that_is_meant_for_it(dsn: str) ->
                     f"posting of {suspense}",
                     f"posting of {corrected}",
                     "window 4711",
+                    "lease of window",
+                    f"window {leased} of acme",
                     "demo/money ",
                 ]
                 assert any(place in named for place in places), (table, change, named)

@@ -18,6 +18,7 @@ from behest_proxy.app.conduct import Conduct
 from behest_proxy.app.context import RequestContext
 from behest_proxy.app.gateway import Gateway
 from behest_proxy.app.holder import Holder
+from behest_proxy.app.leasing import Leasing
 from behest_proxy.app.settings import Settings
 from behest_proxy.errors import ShownError
 from behest_proxy.exchange import Exchange
@@ -98,6 +99,7 @@ class SimulatedGateway(Gateway):
         self.api_keys: Any = _Nothing()
         self.pool = None
         self.book = None
+        self.leasing = Leasing()  # notes what is busy; the ledger in memory has no leases
         self.admissions = AdmissionDesk(self._admit)
         self._prices_change = None
         self.desk = parts.desk(self._extend)

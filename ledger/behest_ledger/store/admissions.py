@@ -30,7 +30,7 @@ class AdmissionDesk:
         self._task: asyncio.Task[None] | None = None
 
     async def admit(self, admission: Admission) -> Answer:
-        """See `store.holds.admit`, also for what is raised. Once asked, it is asked, even if nobody waits any more."""
+        """See `store.holds.admit`, also for what is raised. Who stops waiting does not know whether he was admitted."""
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Answer] = loop.create_future()
         self._asks.append((admission, answer))
@@ -54,9 +54,12 @@ class AdmissionDesk:
                 holder_id = self._asks[0][0].holder_id
                 batch: list[tuple[Admission, asyncio.Future[Answer]]] = []
                 while self._asks and len(batch) < BATCH_ITEMS_MAX and self._asks[0][0].holder_id == holder_id:
-                    batch.append(self._asks.popleft())
+                    ask = self._asks.popleft()
+                    if not ask[1].done():
+                        batch.append(ask)
                 try:
-                    await self._send(batch)
+                    if batch:
+                        await self._send(batch)
                 except asyncio.CancelledError:
                     _deliver_all(batch, LedgerUnavailableError("the admission desk is closed"))
                     raise

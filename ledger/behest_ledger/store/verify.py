@@ -42,26 +42,58 @@ CHECKS: dict[str, str] = {
             GROUP BY tenant_id, window_id, account
         ), written AS (
             SELECT tenant_id, window_id, account, amount
-            FROM ledger.budget_window w CROSS JOIN LATERAL (VALUES
-                ('available', w.limit_amount - w.spent - w.held - w.suspense), ('held', w.held), ('spent', w.spent),
+            FROM ledger.budget_window w LEFT JOIN (
+                SELECT tenant_id, window_id, sum(free) AS free FROM ledger.lease GROUP BY 1, 2) AS l
+              USING (tenant_id, window_id)
+            CROSS JOIN LATERAL (VALUES
+                ('available', w.limit_amount - w.spent - w.held - w.suspense), ('held', w.held - coalesce(l.free, 0)),
+                ('leased', coalesce(l.free, 0)), ('spent', w.spent),
                 ('suspense', w.suspense), ('overrun', w.overrun)) AS a (account, amount)
         )
         SELECT format('window %s of %s, account %s', window_id, tenant_id, account),
                coalesce(moved.amount, 0), coalesce(written.amount, 0)
         FROM written FULL JOIN moved USING (tenant_id, window_id, account)
         WHERE account <> 'funding' AND coalesce(moved.amount, 0) <> coalesce(written.amount, 0)""",
-    "a window holds what its open requests hold": """
+    "a window holds what its open requests and its leases hold": """
         SELECT format('window %s of %s', w.window_id, w.tenant_id),
-               format('%s and %s in suspense by %s', coalesce(h.held, 0), coalesce(h.suspense, 0),
+               format('%s and %s in suspense by %s', coalesce(h.held, 0) + coalesce(f.free, 0), coalesce(h.suspense, 0),
                       coalesce(h.holds, 0)),
-               format('%s and %s in suspense by %s', w.held, w.suspense, w.live)
+               format('%s and %s in suspense by %s', w.held, w.suspense, w.live + coalesce(f.new_live, 0))
         FROM ledger.budget_window w LEFT JOIN (
             SELECT l.tenant_id, l.window_id, count(*) AS holds,
                    coalesce(sum(l.held) FILTER (WHERE o.state = 'open'), 0) AS held,
                    coalesce(sum(l.held) FILTER (WHERE o.state = 'suspense'), 0) AS suspense
             FROM ledger.hold_line l JOIN ledger.hold o USING (tenant_id, month, request_id)
-            WHERE o.state IN ('open', 'suspense') GROUP BY 1, 2) AS h USING (tenant_id, window_id)
-        WHERE (coalesce(h.held, 0), coalesce(h.suspense, 0), coalesce(h.holds, 0)) <> (w.held, w.suspense, w.live)""",
+            WHERE o.state IN ('open', 'suspense') GROUP BY 1, 2) AS h USING (tenant_id, window_id) LEFT JOIN (
+            SELECT tenant_id, window_id, sum(free) AS free, sum(new_live) AS new_live
+            FROM ledger.lease GROUP BY 1, 2) AS f USING (tenant_id, window_id)
+        WHERE (coalesce(h.held, 0) + coalesce(f.free, 0), coalesce(h.suspense, 0), coalesce(h.holds, 0))
+           <> (w.held, w.suspense, w.live + coalesce(f.new_live, 0))""",
+    "what is free in a lease is what was granted to it and is neither used nor returned": """
+        SELECT format('lease of window %s of %s, holder %s', window_id, tenant_id, holder_id),
+               coalesce(p.free, 0), coalesce(l.free, 0)
+        FROM ledger.lease l FULL JOIN (
+            SELECT x.tenant_id, x.window_id, coalesce(o.holder_id, x.source_id) AS holder_id,
+                   sum(CASE WHEN x.credit = 'leased' THEN x.amount ELSE -x.amount END) AS free,
+                   bool_or(o.request_id IS NULL AND x.seq = 1) AS is_whole
+            FROM ledger.posting x LEFT JOIN ledger.hold o
+              ON o.tenant_id = x.tenant_id AND o.month = x.month AND o.request_id = x.source_id
+            WHERE x.credit = 'leased' OR x.debit = 'leased' GROUP BY 1, 2, 3) AS p
+          USING (tenant_id, window_id, holder_id)
+        -- One whose first grant lies in a month that was detached shows in its window's account alone.
+        WHERE coalesce(p.free, 0) <> coalesce(l.free, 0) AND coalesce(p.is_whole, coalesce(l.seq, 0) = 0)""",
+    "a lease is of a holder that may have it and of a window, and counts its own postings": """
+        SELECT format('lease of window %s of %s, holder %s', l.window_id, l.tenant_id, l.holder_id),
+               'a holder, a window and posting ' || l.seq,
+               format('%s, %s and posting %s', CASE WHEN h.holder_id IS NULL THEN 'none' ELSE 'a holder' END,
+                      CASE WHEN w.window_id IS NULL THEN 'none' ELSE w.unit END, p.seq)
+        FROM ledger.lease l
+        LEFT JOIN ledger.holder h USING (holder_id)
+        LEFT JOIN ledger.budget_window w USING (tenant_id, window_id)
+        CROSS JOIN LATERAL (
+            SELECT max(x.seq) AS seq FROM ledger.posting x
+            WHERE x.tenant_id = l.tenant_id AND x.source_id = l.holder_id AND x.window_id = l.window_id) AS p
+        WHERE h.holder_id IS NULL OR w.window_id IS NULL OR w.unit = 'concurrency' OR p.seq <> l.seq""",
     "no hard window is above its ceiling": """
         SELECT format('window %s of %s', window_id, tenant_id), ceiling, spent + held + suspense
         FROM ledger.budget_window
@@ -96,7 +128,8 @@ CHECKS: dict[str, str] = {
                debit || ' to ' || credit
         FROM ledger.posting
         WHERE NOT CASE
-            WHEN debit = 'available' AND credit = 'held' THEN seq BETWEEN 0 AND 999999
+            WHEN debit IN ('available', 'leased') AND credit = 'held' THEN seq BETWEEN 0 AND 999999
+            WHEN 'leased' IN (debit, credit) THEN 'available' IN (debit, credit) AND seq > 0
             WHEN debit = 'funding' AND credit = 'available' OR debit = 'available' AND credit = 'funding' THEN seq = 0
             WHEN seq = 1000001 THEN (debit, credit) IN (('held', 'suspense'), ('suspense', 'available'))
             WHEN debit = 'held' AND credit = 'suspense' THEN false
@@ -305,7 +338,8 @@ CHECKS: dict[str, str] = {
         FROM ledger.posting p LEFT JOIN ledger.hold_line l
           ON l.tenant_id = p.tenant_id AND l.month = p.month AND l.request_id = p.source_id
          AND l.window_id = p.window_id
-        WHERE l.request_id IS NULL AND (p.debit, p.credit) NOT IN (('funding', 'available'), ('available', 'funding'))
+        WHERE l.request_id IS NULL AND (p.debit, p.credit) NOT IN (('funding', 'available'), ('available', 'funding'),
+            ('available', 'leased'), ('leased', 'available'))
         UNION ALL
         SELECT format('usage line of request %s', u.request_id), 'a request', 'none'
         FROM ledger.usage_line u LEFT JOIN ledger.request r USING (tenant_id, month, request_id)

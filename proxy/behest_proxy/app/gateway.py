@@ -30,6 +30,7 @@ from behest_ledger.store.prices import load_current_book, next_change
 from behest_ledger.store.writer import SettlementWriter
 from behest_proxy.app.conduct import Conduct
 from behest_proxy.app.holder import Holder
+from behest_proxy.app.leasing import Leasing
 from behest_proxy.app.memory import Memory
 from behest_proxy.app.mounted import MountedFiles
 from behest_proxy.app.origins import project_allows
@@ -58,11 +59,13 @@ class Gateway:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self.leasing = Leasing()
         self.holder = Holder(
             name=settings.name,
             on_lost=self.lose_all,
             checkpoints=self._checkpoints,
             on_busy=self._checkpoint_again,
+            lease=self.leasing.renew,
             ttl_s=settings.holder_ttl_s,
         )
         self.signing_keys = SigningKeys(settings.signing_key_file.read_bytes())
@@ -180,9 +183,11 @@ class Gateway:
             raise LedgerUnavailableError("the ledger was not heard of for some time")
         try:
             async with asyncio.timeout(LEDGER_SILENCE_S):
-                return await self.admissions.admit(admission)
+                answer = await self.admissions.admit(admission)
         except TimeoutError:
             raise LedgerUnavailableError("the ledger gave no answer in time") from None
+        self.leasing.answered(admission.tenant_id, answer)
+        return answer
 
     def conduct(self, conduct: Conduct) -> None:
         """Run a request to its end, whatever becomes of the task that brought it."""
@@ -241,7 +246,11 @@ class Gateway:
         return answers
 
     async def _extend(self, extensions: Sequence[Extension]) -> dict[UUID, Answer]:
-        return await holds.extend(self.pool, extensions, shares=METERED_SHARES)
+        answers = await holds.extend(self.pool, extensions, shares=METERED_SHARES)
+        for extension in extensions:
+            if (answer := answers.get(extension.request_id)) is not None:
+                self.leasing.answered(extension.tenant_id, answer)
+        return answers
 
     async def _settle(self, settlements: Sequence[Settlement]) -> list[Settled]:
         settled = await holds.settle(self.pool, settlements)

@@ -8,7 +8,7 @@ else may take what they hold. Streams outlive a shorter outage on the credit the
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from uuid import UUID, uuid4
 
 from behest_ledger.store import holders
@@ -39,12 +39,14 @@ class Holder:
         on_lost: Callable[[], None],
         checkpoints: Callable[[], Iterable[Checkpoint]],
         on_busy: Callable[[Collection[UUID]], None],
+        lease: Callable[[Connection, UUID], Awaitable[None]] | None = None,
         ttl_s: float = TTL_S,
         clock_s: Callable[[], float] = boot_time_s,
         new_id: Callable[[], UUID] = uuid4,
     ) -> None:
         """`on_lost` is called when what this process holds is no longer its own: its streams must end; `on_busy` with
-        the requests whose checkpoint could not be written now and should come again.
+        the requests whose checkpoint could not be written now and should come again; `lease` with the holder's id after
+        each renewal.
         """
         self.holder_id: UUID = new_id()
         self.deadline_s = 0.0
@@ -56,6 +58,7 @@ class Holder:
         self._on_lost = on_lost
         self._checkpoints = checkpoints
         self._on_busy = on_busy
+        self._lease = lease
 
     @property
     def lives(self) -> bool:
@@ -77,6 +80,8 @@ class Holder:
                 await self._renew(pool)
                 await self._write(pool, list(self._checkpoints()))
                 outage.over()
+                if self._lease is not None and self.lives:
+                    await self._lease(pool, self.holder_id)
             except LedgerError as error:
                 outage.failed(error)
             if not self.lives:
