@@ -354,7 +354,8 @@ def test_cancelling_serve_tells_the_applications() -> None:
             task.cancel()
             await asyncio.wait([task])
             assert task.cancelled()
-            assert live.gone == 1
+            (stream,) = live.streams
+            assert live.gone == 1, (stream.gone, stream.paused, stream.on_gone, client.closed, client.goaways)
 
     run(main())
 

@@ -80,7 +80,7 @@ def _error(answer: httpx.Response) -> dict[str, Any]:
         ({"messages": QUESTION, "model": 7}, "model"),
         ({"messages": QUESTION, "Model": "gpt-4o"}, "Model"),
         (b'{"messages": [{"role": "user", "content": "x"}], "n": 1, "n": 2}', "n"),
-        ({"messages": QUESTION, "service_tier": "priority"}, "service_tier"),
+        ({"messages": QUESTION, "service_tier": 7}, "service_tier"),
         ({"messages": QUESTION, "models": ["gpt-4o"]}, "models"),
         ({"messages": QUESTION, "modalities": ["audio"]}, "modalities"),
     ],
