@@ -1,6 +1,6 @@
 """The ledger in memory: what `admit_batch_v1`, `extend_batch_v1` and `settle_batch_v1` do, on plain numbers.
 
-For tests that need thousands of ledgers, or a clock of their own. `test_store_holds_in_memory.py` plays the same operations to
+For tests that need thousands of ledgers, or a clock of their own. `test_store_holds_in_memory.py` plays the same to
 this and to PostgreSQL and compares every answer, balance and posting. One call is one statement: nothing comes between.
 """
 

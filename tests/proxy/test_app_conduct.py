@@ -12,6 +12,7 @@ from behest_ledger.store.credit import Account, AnswerCall
 from behest_ledger.token_counts import TokenCounts
 from behest_proxy.app.conduct import Conduct
 from behest_proxy.app.context import RequestContext
+from behest_proxy.app.memory import Memory
 from behest_proxy.errors import LedgerUnavailable
 from behest_proxy.exchange import Exchange
 from behest_proxy.terms import Terms
@@ -43,9 +44,11 @@ class _Client:
     def end(self) -> None: ...
 
 
-class _Trace:
-    def __getattr__(self, name: str) -> Any:
-        return lambda *_: None
+def _call(_request: Any, _handler: Any) -> _Call:
+    return _Call()
+
+
+def _nothing(_account: Account) -> None: ...
 
 
 class _Gateway:
@@ -54,9 +57,9 @@ class _Gateway:
     def __init__(self) -> None:
         self.settings = SimpleNamespace(keep_alive_s=60.0, client_stall_s=60.0)
         self.holder = SimpleNamespace(lives=True)
-        self.upstream = SimpleNamespace(send=lambda request, handler: _Call())
+        self.upstream = SimpleNamespace(send=_call)
         self.writer = SimpleNamespace(submit=self._submit)
-        self.desk = SimpleNamespace(open=self._open, ask=self._ask, ended=lambda account: None)
+        self.desk = SimpleNamespace(open=self._open, ask=self._ask, ended=_nothing)
         self.settlements: list[Settlement] = []
         self.asked: list[AnswerCall] = []
         self.conduct: Conduct | None = None
@@ -91,8 +94,9 @@ async def _short_of_credit() -> tuple[_Gateway, _Client, Conduct]:
         tenant_id="acme", request_id=UUID(int=1 << 64 | 1), holder_id=UUID(int=2), attributes={}, price_key="test",
         input_tokens=3, input_amount_pico=3, output_rate_pico=1, need_tokens=1, want_tokens=16, shares=1,
     )  # fmt: skip
+    trace = Memory(None).begin(admission, input_counts=TokenCounts(input=3), rates=RATES)
     conduct = gateway.conduct = Conduct(
-        cast(Any, gateway), admission=admission, rates=RATES, trace=_Trace(), exchange=lambda grant: Exchange(terms),
+        cast(Any, gateway), admission=admission, rates=RATES, trace=trace, exchange=lambda grant: Exchange(terms),
         upstream_request=lambda grant: cast(Any, None), client=cast(Any, client), context=RequestContext(()),
     )  # fmt: skip
     await conduct.admit()
