@@ -51,7 +51,14 @@ def run(arguments: argparse.Namespace) -> int:
     )
     import uvloop
 
-    return uvloop.run(_serve(settings))
+    try:
+        return uvloop.run(_serve(settings))
+    except ExceptionGroup as failures:
+        faults, others = failures.split(OSError)
+        if faults is None or others is not None:
+            raise
+        (fault, *_) = faults.exceptions
+        raise UserError(f"the sidecar cannot listen: {fault}", "look at BEHEST_BIND and BEHEST_ADMIN_BIND") from None
 
 
 async def _serve(settings: Settings) -> int:
@@ -74,7 +81,7 @@ async def _serve(settings: Settings) -> int:
     tls = None
     if settings.tls_cert_file is not None and settings.tls_key_file is not None:
         tls = TlsFiles(certificate=settings.tls_cert_file, key=settings.tls_key_file)
-    async with asyncio.TaskGroup() as group:
+    async with contextlib.aclosing(gateway), asyncio.TaskGroup() as group:
         group.create_task(
             serve(
                 client_app(gateway),
@@ -105,7 +112,6 @@ async def _serve(settings: Settings) -> int:
         await asked_to_stop.wait()
         await gateway.drain()
         drained.set()
-    await gateway.aclose()
     return 0
 
 
