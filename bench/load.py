@@ -14,8 +14,6 @@ Wire = Literal["h2", "h1"]
 
 MODEL = "gpt-4o-mini"
 _PROMPT = "Say something that takes a while, in plain words, about the history of toll bridges in Europe."
-_STAGGER_S = 0.4
-"""Streams start spread over this, at times without a common divisor, so that their chunks come evenly."""
 _GOLDEN = 0.6180339887
 
 
@@ -30,6 +28,8 @@ class Wave:
     responses: int
     chunks: int
     interval_ms: int
+    stagger_s: float = 0.4
+    """Streams start spread over this, at times without a common divisor, so that their chunks come evenly."""
 
     @property
     def requests(self) -> int:
@@ -39,7 +39,7 @@ class Wave:
     @property
     def expected_s(self) -> float:
         """How long it takes where nothing is late."""
-        return self.responses * self.chunks * self.interval_ms / 1000 + _STAGGER_S
+        return self.responses * self.chunks * self.interval_ms / 1000 + self.stagger_s
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ async def play(wave: Wave, base_url: str, tokens: list[str]) -> Played:
     started_s, cpu_s = time.monotonic(), time.process_time()
 
     async def stream(number: int) -> int:
-        await asyncio.sleep(number * _GOLDEN % 1 * _STAGGER_S)
+        await asyncio.sleep(number * _GOLDEN % 1 * wave.stagger_s)
         client = clients[number % len(clients)]
         headers = [("content-type", "application/json"), ("authorization", f"Bearer {tokens[number]}")]
         events = 0

@@ -28,6 +28,7 @@ _BACKGROUND = (
     "charge_by_policy_v1",
     "free_concurrency_v1",
     "tell_alerts_v1",
+    "seal_v1",
 )
 """What sidecar and keeper ask by the clock, however many streams there are."""
 _CHECKPOINT = "checkpoint_batch_v1"
@@ -47,14 +48,26 @@ class Statement:
     calls: int
 
 
-async def statements(peer: Peer, dsn: str, say: Callable[[str], None]) -> str:
-    """Statements that the server ran while 200 streams of 1,000 tokens passed, by pg_stat_statements."""
-    wave = Wave(wire="h2", streams=STREAMS, connections=CONNECTIONS, responses=1, chunks=TOKENS, interval_ms=20)
+async def statements(peer: Peer, dsn: str, say: Callable[[str], None], *, stagger_s: float) -> str:
+    """Statements that the server ran while 200 streams of 1,000 tokens passed, by pg_stat_statements.
+
+    Streams that begin together share statements; spread over `stagger_s`, they have fewer to share.
+    """
+    wave = Wave(
+        wire="h2",
+        streams=STREAMS,
+        connections=CONNECTIONS,
+        responses=1,
+        chunks=TOKENS,
+        interval_ms=20,
+        stagger_s=stagger_s,
+    )
     say(f"ledger: statements, {STREAMS} streams of {TOKENS} tokens, {wave.expected_s:.0f} s")
     connection: Connection = await connect(dsn)
     try:
         await connection.execute("CREATE EXTENSION IF NOT EXISTS pg_stat_statements SCHEMA public")
-        await play(replace(wave, chunks=20), peer.base_url, peer.tokens)  # the windows are made, the connections open
+        warm = replace(wave, chunks=20, stagger_s=1.0)  # so that the windows are made and the plans too
+        await play(warm, peer.base_url, peer.tokens)
         await asyncio.sleep(1.0)
         await connection.execute("SELECT public.pg_stat_statements_reset()")
         await play(wave, peer.base_url, peer.tokens)
@@ -66,10 +79,10 @@ async def statements(peer: Peer, dsn: str, say: Callable[[str], None]) -> str:
     finally:
         await connection.close()
     found = [Statement(" ".join(row["query"].split()), row["calls"]) for row in rows if "ledger." in row["query"]]
-    return _told(found)
+    return _told(found, stagger_s)
 
 
-def _told(found: list[Statement]) -> str:
+def _told(found: list[Statement], stagger_s: float) -> str:
     background = [one for one in found if any(name in one.text for name in _BACKGROUND)]
     checkpoints = [one for one in found if _CHECKPOINT in one.text]
     streams = [one for one in found if one not in background and one not in checkpoints]
@@ -79,7 +92,8 @@ def _told(found: list[Statement]) -> str:
     clock = ", ".join(f"{one.calls} x {_name(one.text)}" for one in (*checkpoints, *background))
     met = "met" if each <= STATEMENTS_TARGET else "NOT met"
     return (
-        f"ledger-statements: {each:.2f} statements a stream over {STREAMS} streams of {TOKENS} tokens: {kinds}"
+        f"ledger-statements: {each:.2f} statements a stream over {STREAMS} streams of {TOKENS} tokens that begin"
+        f" within {stagger_s:.0f} s: {kinds}"
         f" (target <= {STATEMENTS_TARGET:.0f}: {met}); with what is asked by the clock ({clock}) {everything:.2f}"
     )
 
