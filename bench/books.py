@@ -18,6 +18,7 @@ from behest_ledger.store.admissions import AdmissionDesk
 from behest_ledger.store.configuration import apply_text
 from behest_ledger.store.migrate import migrate
 from behest_ledger.store.pool import Connection, connect, open_pool
+from behest_proxy.app.leasing import Leasing
 from behest_proxy.cli.folder import DataFolder
 from behest_proxy.cli.postgres import launch
 
@@ -110,11 +111,12 @@ class Spread:
 
 
 class Sidecar:
-    """What a sidecar has of the ledger: a pool of two connections, a desk, and a holder that is registered."""
+    """What a sidecar has of the ledger: a pool of two connections, a desk, leases, and a registered holder."""
 
     def __init__(self, pool: Connection) -> None:
         self.pool = pool
         self.holder_id = uuid4()
+        self.leasing = Leasing()
         self.desk = AdmissionDesk(lambda asked: holds.admit_batch(self.pool, asked))
 
     @classmethod

@@ -58,6 +58,7 @@ def main() -> int:
 
     try:
         with tempfile.TemporaryDirectory(prefix="behest-bench-", ignore_cleanup_errors=True) as folder:
+            Path(folder).chmod(0o711)  # root's PostgreSQL is somebody else's process: nothing may be left elsewhere
             return _figures(arguments, Path(folder), say)
     except (PeerError, BrokenAnswer) as error:
         print(f"bench: {error}", file=sys.stderr)

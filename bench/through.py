@@ -24,6 +24,7 @@ KILL_TARGET_S = 1.0
 _BACKGROUND = (
     "configuration_version",
     "renew_holder_v1",
+    "lease_batch_v1",
     "reap_v1",
     "charge_by_policy_v1",
     "free_concurrency_v1",

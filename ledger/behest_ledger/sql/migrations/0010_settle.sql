@@ -221,7 +221,8 @@ BEGIN
     FOR v_function IN
         SELECT p.oid::regprocedure FROM pg_catalog.pg_proc p
         WHERE p.pronamespace = 'ledger'::regnamespace
-          AND p.proname IN ('admit_v1', 'admit_batch_v1', 'extend_batch_v1', 'checkpoint_batch_v1')
+          AND p.proname IN (
+              'admit_v1', 'admit_batch_v1', 'extend_batch_v1', 'checkpoint_batch_v1', 'lease_batch_v1')
     LOOP
         EXECUTE format('ALTER FUNCTION %s SET plan_cache_mode = force_generic_plan SET enable_seqscan = off'
                        ' SET enable_hashjoin = off SET enable_mergejoin = off SET join_collapse_limit = 1'
