@@ -9,7 +9,8 @@ import pytest
 
 from behest_ledger.api_key_hash import api_key_digest
 from behest_ledger.holds import Gone
-from behest_ledger.store import holders, holds, identity, reports
+from behest_ledger.leases import Want
+from behest_ledger.store import holders, holds, identity, leases, reports
 from behest_ledger.store.errors import LedgerForbiddenError, LedgerRefusedError
 from ledger.books import Books, granted, settlement
 from ledger.houses import ALL_TABLES, FUNCTIONS, TABLES, Houses, in_two_houses, of_tenant
@@ -110,6 +111,7 @@ def test_nobody_moves_another_tenants_money(dsn: str) -> None:
             ),
             holders.checkpoint(houses.acme, [its_checkpoint]),
             Books(houses.dsn, houses.acme).extend(theirs, 1, need=5, tenant="globex"),
+            leases.lease(houses.acme, houses.acme_holder, [Want("globex", 1, 10)]),
             reports.budgets_of(houses.acme, "globex", {}),
         ):
             with pytest.raises(LedgerForbiddenError, match="may not act for tenant globex"):
@@ -127,6 +129,7 @@ def test_nobody_makes_an_item_without_a_tenant_pass(dsn: str) -> None:
             "SELECT * FROM ledger.settle_batch_v1(jsonb_build_array(jsonb_build_object('request_id', $1::uuid)))",
             "SELECT * FROM ledger.admit_batch_v1(NULL, jsonb_build_array(jsonb_build_object('request_id', $1::uuid)))",
             "SELECT * FROM ledger.extend_batch_v1('{NULL}', ARRAY[$1::uuid], '{1}', '{1}', '{1}', 1)",
+            "SELECT * FROM ledger.lease_batch_v1($1, '{NULL}', '{1}', '{1}')",
             "SELECT * FROM ledger.checkpoint_batch_v1('{NULL}', ARRAY[$1::uuid], '{1}', '{1}', '{1}', '{null}')",
             "SELECT * FROM ledger.budgets_of_v2(NULL, jsonb_build_object('request', $1::uuid))",
             "SELECT * FROM ledger.put_signing_key_v1($1::uuid::text, NULL, 'own', 'EdDSA', 'x', 'current')",
@@ -145,6 +148,7 @@ def test_a_holder_belongs_to_the_role_that_registered_it(dsn: str) -> None:
             holders.register(houses.acme, theirs, "pod"),
             holders.renew(houses.acme, theirs),
             holders.unregister(houses.acme, theirs),
+            leases.lease(houses.acme, theirs, [Want("acme", 1, 10)]),
         ):
             with pytest.raises(LedgerForbiddenError, match="is another role's"):
                 await taken
