@@ -15,12 +15,25 @@ import pytest
 
 from behest_ledger.store.migrate import migrate
 from behest_ledger.store.pool import connect
+from behest_proxy.cli.binaries import Binaries, side_by_side
 from behest_proxy.cli.folder import DataFolder
 from behest_proxy.cli.postgres import launch
 from stack import Stack, running_stack
 
 _TEMPLATE = "behest_template"
 _numbers = count(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Everything can be run on another version of PostgreSQL than the embedded one."""
+    version = os.environ.get("BEHEST_TEST_POSTGRES")
+    parser.addoption(
+        "--postgres",
+        type=int,
+        default=int(version) if version else None,
+        metavar="MAJOR",
+        help="run on an installed PostgreSQL of this version, such as 15 (or BEHEST_TEST_POSTGRES)",
+    )
 
 
 @dataclass(frozen=True)
@@ -45,18 +58,29 @@ async def execute(dsn: str, *statements: str) -> None:
 
 
 @pytest.fixture(scope="session")
-def postgres() -> Iterator[Server]:
-    """The server: `BEHEST_TEST_DATABASE_URL` (PostgreSQL 15 or newer, a role that may make databases), or our own."""
+def postgres(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """The server: `BEHEST_TEST_DATABASE_URL` (PostgreSQL 15 or newer, a superuser), or one of our own."""
     given = os.environ.get("BEHEST_TEST_DATABASE_URL")
     if given:
         yield Server(given)
         return
+    major: int | None = request.config.getoption("--postgres")
+    binaries = side_by_side(major) if major is not None else None
+    if major is not None and binaries is None:
+        pytest.exit(f"PostgreSQL {major} is not installed (Debian: apt install postgresql-{major})", returncode=4)
+    with own_server(binaries) as server:
+        yield server
+
+
+@contextmanager
+def own_server(binaries: Binaries | None) -> Generator[Server]:
+    """A server for as long as the block runs; of the embedded programs where none are named."""
     # Not pytest's own folder: that is closed to others, and root's PostgreSQL runs as somebody else.
     with tempfile.TemporaryDirectory(prefix="behest-test-") as name:
         Path(name).chmod(0o711)
         folder = DataFolder(Path(name) / "data")
         folder.create()
-        with launch(folder, environment={"PATH": os.environ.get("PATH", "")}) as server:
+        with launch(folder, environment={"PATH": os.environ.get("PATH", "")}, binaries=binaries) as server:
             yield Server(server.dsn)
 
 

@@ -18,8 +18,8 @@ from ledger.tenant_roles import logged_in, tenant_role
 
 TABLES = {
     "api_key", "budget", "budget_subject", "budget_window", "configuration_version", "correction", "hold", "hold_line",
-    "posting", "price_book", "project", "request", "request_now", "schema_migration", "signing_key", "tier", "upstream",
-    "usage_line",
+    "posting", "price_book", "project", "provider_key", "request", "request_now", "schema_migration", "signing_key",
+    "tier", "upstream", "usage_line",
 }  # fmt: skip
 FUNCTIONS = {
     "admit_batch_v1", "budgets_of_v1", "budgets_of_v2", "checkpoint_batch_v1", "extend_batch_v1", "lease_batch_v1",
@@ -105,6 +105,7 @@ spec:
   window: {{period: Day}}
 """,
     )
+    await owner.execute("INSERT INTO ledger.provider_key VALUES ($1, 'upstream:x', '\\x00', '0000')", tenant)
     await identity.register_api_key(
         owner, tenant_id=tenant, project_id=f"{tenant}/shop", key=new_api_key(), role="admin", name="test"
     )

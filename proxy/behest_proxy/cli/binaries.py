@@ -93,16 +93,17 @@ def _candidates(environment: Mapping[str, str], major: int | None) -> Iterable[B
         found = _examine(Path(on_path).resolve().parent, "on PATH")
         if found is not None:
             yield found
-    if major is not None:  # where distributions keep the versions side by side
-        for template in (
-            "/usr/lib/postgresql/{}/bin",
-            "/usr/pgsql-{}/bin",
-            "/opt/homebrew/opt/postgresql@{}/bin",
-        ):
-            folder = Path(template.format(major))
-            found = _examine(folder, str(folder))
-            if found is not None:
-                yield found
+    if major is not None and (found := side_by_side(major)) is not None:
+        yield found
+
+
+def side_by_side(major: int) -> Binaries | None:
+    """The programs of a version, where distributions keep several versions side by side."""
+    for template in _SIDE_BY_SIDE:
+        folder = Path(template.format(major))
+        if (found := _examine(folder, str(folder))) is not None:
+            return found
+    return None
 
 
 def choose(*, data_version: str | None, environment: Mapping[str, str]) -> Binaries:

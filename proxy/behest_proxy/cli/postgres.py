@@ -93,11 +93,13 @@ def launch(
     say: Callable[[str], None] = _nothing,
     environment: Mapping[str, str] | None = None,
     linger_s: float = 0.0,
+    binaries: Binaries | None = None,
 ) -> Postgres:
     """Make the database of this data folder if it is missing, start it, and wait until it takes connections.
 
     `say` is told what a person should know (an unusual place, a server of an earlier life). `linger_s`: how long
-    the server goes on when this process is killed. Raises `UserError`.
+    the server goes on when this process is killed. `binaries`: which programs to run, where it is not left to us.
+    Raises `UserError`.
     """
     environment = dict(os.environ) if environment is None else dict(environment)
     place = choose_place(folder, say)
@@ -106,7 +108,7 @@ def launch(
         if holder is not None:
             raise UserError(f"the database in {place.path} is in use by process {holder}", "stop that process first")
         data_version = place.version
-        binaries = programs.choose(data_version=data_version, environment=environment)
+        binaries = binaries or programs.choose(data_version=data_version, environment=environment)
         if place.account is not None and not programs.usable_by(place.account, binaries):
             shared = shared_place(folder)
             if not (shared / f"binaries-{binaries.version}").is_dir():

@@ -189,51 +189,7 @@ BEGIN
 END
 $$;
 
-CREATE OR REPLACE FUNCTION ledger.unregister_holder_v1(p_holder uuid) RETURNS boolean
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
-BEGIN
-    PERFORM ledger.require_holder_v1(p_holder);
-    UPDATE ledger.holder h SET fenced_at = clock_timestamp()
-    WHERE h.holder_id = p_holder AND h.fenced_at IS NULL
-      AND NOT EXISTS (SELECT FROM ledger.hold o WHERE o.state = 'open' AND o.holder_id = p_holder);
-    RETURN FOUND OR NOT EXISTS (
-        SELECT FROM ledger.holder h WHERE h.holder_id = p_holder AND h.fenced_at IS NULL);
-END
-$$;
-
 -- What the roles of sidecars call
-
-CREATE OR REPLACE FUNCTION ledger.extend_batch_v1(
-    p_tenants text[], p_requests uuid[], p_seqs integer[], p_needs bigint[], p_wants bigint[], p_shares integer
-) RETURNS TABLE (request_id uuid, answer jsonb)
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
-#variable_conflict use_column
-DECLARE
-    v_item record;
-BEGIN
-    PERFORM ledger.require_tenants_v1(p_tenants);
-    PERFORM FROM ledger.hold h
-    JOIN unnest(p_tenants, p_requests) AS i (tenant_id, request_id)
-      ON h.tenant_id = i.tenant_id AND h.month = ledger.month_of_v1(i.request_id) AND h.request_id = i.request_id
-    ORDER BY h.tenant_id, h.month, h.request_id FOR UPDATE OF h;
-    PERFORM FROM ledger.budget_window w
-    WHERE (w.tenant_id, w.window_id) IN (
-        SELECT l.tenant_id, l.window_id FROM ledger.hold_line l
-        JOIN unnest(p_tenants, p_requests) AS i (tenant_id, request_id)
-          ON l.tenant_id = i.tenant_id AND l.month = ledger.month_of_v1(i.request_id)
-         AND l.request_id = i.request_id)
-    ORDER BY w.tenant_id, w.window_id FOR UPDATE;
-    FOR v_item IN
-        SELECT * FROM unnest(p_tenants, p_requests, p_seqs, p_needs, p_wants)
-            AS i (tenant_id, request_id, seq, need, want)
-    LOOP
-        request_id := v_item.request_id;
-        answer := ledger.extend_locked_v1(v_item.tenant_id, ledger.month_of_v1(v_item.request_id), v_item.request_id,
-                                          v_item.seq, v_item.need, v_item.want, p_shares);
-        RETURN NEXT;
-    END LOOP;
-END
-$$;
 
 CREATE OR REPLACE FUNCTION ledger.checkpoint_batch_v1(
     p_tenants text[], p_requests uuid[], p_input_tokens bigint[], p_output_tokens bigint[], p_amounts numeric[],
