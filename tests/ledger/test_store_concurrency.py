@@ -170,10 +170,12 @@ def test_a_place_that_was_given_back_is_proved_by_its_postings(dsn: str) -> None
                 "every posting moves between accounts that belong together",
             },
             "UPDATE ledger.hold_line SET held = 1": {
-                "a window holds what its open requests hold",
+                "a window holds what its open requests and its leases hold",
                 "what was held for a request was posted for it",
             },
-            "UPDATE ledger.budget_window SET suspense = 1": {"a window holds what its open requests hold"},
+            "UPDATE ledger.budget_window SET suspense = 1": {
+                "a window holds what its open requests and its leases hold"
+            },
         }
         async with books.connection.acquire() as connection:
             for change, checks in changes.items():
