@@ -4,6 +4,7 @@ A migration that brings something for sidecars adds its name to `ledger.sidecar_
 """
 
 import asyncio
+import os
 import re
 from uuid import uuid4
 
@@ -13,7 +14,10 @@ import pytest
 from behest_ledger.holds import Granted
 from behest_ledger.store import holders, holds, identity, reports
 from behest_ledger.store.configuration import load_configuration
+from behest_ledger.store.keeper import Keeper
 from behest_ledger.store.migrate import check_schema, migrate
+from behest_proxy.cli.roles import dsn_of_role
+from conftest import Server
 from ledger.books import settlement
 from ledger.houses import ALL_TABLES, FUNCTIONS, TABLES, Houses, in_two_houses, of_tenant, two_houses
 from ledger.tenant_roles import logged_in, tenant_role
@@ -153,5 +157,31 @@ def test_a_partition_made_later_is_guarded_too(database: str) -> None:
             for table in ("posting_2031_05", "usage_line_2031_05"):
                 with pytest.raises(asyncpg.RestrictViolationError, match="insert-only"):
                     await owner.execute(f"TRUNCATE ledger.{table}")
+
+    asyncio.run(main())
+
+
+def test_an_owner_who_is_no_superuser_can_do_all_of_it(postgres: Server) -> None:
+    name = f"test_owner_{os.getpid()}"
+    owned = dsn_of_role(postgres.of(name), name, "secret%20word")
+
+    async def main() -> None:
+        async with logged_in(postgres.dsn) as superuser:
+            await superuser.execute(f"CREATE ROLE {name} LOGIN CREATEROLE PASSWORD 'secret word'")
+            await superuser.execute(f"GRANT pg_signal_backend TO {name}")  # the helper ends sessions
+            await superuser.execute(f"CREATE DATABASE {name} OWNER {name}")
+            try:
+                await migrate(owned)
+                assert await migrate(owned) == []
+                async with two_houses(owned) as houses:
+                    assert await houses.acme.fetchval("SELECT count(DISTINCT tenant_id) FROM ledger.request") == 1
+                    with pytest.raises(asyncpg.InsufficientPrivilegeError):
+                        await houses.acme.execute("DELETE FROM ledger.posting")
+                keeper = Keeper(owned)
+                assert (await keeper.run_once()).working
+                await keeper.aclose()
+            finally:
+                await superuser.execute(f"DROP DATABASE {name} WITH (FORCE)")
+                await superuser.execute(f"DROP ROLE {name}")
 
     asyncio.run(main())
