@@ -26,7 +26,14 @@ DRAIN_S = 60.0
 SAMPLE_S = 0.05
 AGAIN_MAX = 50
 """Settlements that are sent once more after a round."""
-_DOWN = (LedgerError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError)
+_DOWN = (
+    LedgerError,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    OSError,
+    TimeoutError,
+)
 
 _WINDOWS = """
 SELECT split_part(budget_id, '/', 2) AS budget, coalesce(subject #>> '{0,2}', '') AS subject, window_id,
@@ -128,7 +135,7 @@ class Torture:
             await self._drained(end, ends, first_id)
         finally:
             watch.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
+            with contextlib.suppress(asyncio.CancelledError, *_DOWN):
                 await watch
         await self._look(end, ends, session, first_id)
         await self._settle_again(end, first_id)
