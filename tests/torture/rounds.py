@@ -40,10 +40,14 @@ SELECT split_part(budget_id, '/', 2) AS budget, coalesce(subject #>> '{0,2}', ''
        limit_amount::text, ceiling::text, spent::text, held::text, suspense::text, overrun::text
 FROM ledger.budget_window WHERE tenant_id = $1 AND ceiling IS NOT NULL
 """
+# What is free in a lease is held by nobody.
 # What the keeper charged by policy is corrected by the journal of the sidecar, which came back.
 _UNSETTLED = """
 SELECT (SELECT count(*) FROM ledger.hold WHERE state IN ('open', 'suspense', 'charged_by_policy'))
-     + (SELECT count(*) FROM ledger.budget_window WHERE held + suspense > 0 OR live > 0) AS number
+     + (SELECT count(*) FROM ledger.budget_window w,
+            LATERAL (SELECT coalesce(sum(l.free), 0) AS free, coalesce(sum(l.new_live), 0) AS live FROM ledger.lease l
+                     WHERE l.tenant_id = w.tenant_id AND l.window_id = w.window_id) AS leased
+        WHERE w.held - leased.free + w.suspense > 0 OR w.live + leased.live > 0) AS number
 """
 _ROWS = """
 SELECT request_id::text, session_id, outcome, source, output_tokens, amount_pico::text
