@@ -41,7 +41,8 @@ class Away:
 
         def unsettled() -> int:
             (row,) = self.stack.query(
-                "SELECT (SELECT coalesce(sum(held + suspense + live), 0) FROM ledger.budget_window WHERE tenant_id = $1)"
+                "SELECT (SELECT coalesce(sum(held + suspense + live), 0)"
+                "        FROM ledger.budget_window WHERE tenant_id = $1)"
                 " + (SELECT coalesce(sum(new_live - free), 0) FROM ledger.lease WHERE tenant_id = $1) AS held,"
                 " (SELECT count(*) FROM ledger.hold WHERE tenant_id = $1 AND state IN ('open', 'suspense')) AS open,"
                 " (SELECT count(*) FROM ledger.request WHERE tenant_id = $1 AND facts ->> 'requests' = '1') AS sent",

@@ -9,6 +9,7 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -85,6 +86,9 @@ def _summary(total: Figures, cluster: Cluster) -> str:
 
 async def _torture(arguments: argparse.Namespace, seed: int, folder: Path) -> int:
     """How many findings there were."""
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)  # nothing is left behind
     scale = Scale(
         sidecars=arguments.sidecars,
         streams=arguments.streams,
