@@ -106,7 +106,7 @@ class Keeping(RuleBasedStateMachine):
         await connection.execute(
             "SET synchronous_commit = off; SET session_replication_role = replica;"
             " TRUNCATE ledger.budget, ledger.budget_subject, ledger.budget_window, ledger.hold, ledger.hold_line,"
-            " ledger.posting, ledger.request, ledger.usage_line, ledger.holder, ledger.lease;"
+            " ledger.posting, ledger.request, ledger.usage_line, ledger.correction, ledger.holder, ledger.lease;"
             " RESET session_replication_role"
         )
         return connection

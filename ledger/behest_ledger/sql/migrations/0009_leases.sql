@@ -127,8 +127,15 @@ CREATE TYPE ledger.admission_line AS (
 -- before it refuses anybody, it takes back what is free in its leases.
 --
 -- It raises where one item cannot be read or written at all: ask again, one by one.
+--
+-- The settings on this function and on extend_batch_v1 are about plans, as in 0010_settle.sql: all that they ask is look-ups
+-- by whole primary keys, planned once a connection and joined in the order written, whatever the statistics of a partition
+-- that fills may say.
 CREATE FUNCTION ledger.admit_batch_v1(p_holder uuid, p_items jsonb) RETURNS TABLE (request_id uuid, answer jsonb)
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s'
+SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off
+SET join_collapse_limit = 1 SET random_page_cost = 0.1 SET jit = off
+AS $$
 #variable_conflict use_column
 DECLARE
     v_now timestamptz := clock_timestamp();
@@ -472,7 +479,10 @@ $$;
 CREATE OR REPLACE FUNCTION ledger.extend_batch_v1(
     p_tenants text[], p_requests uuid[], p_seqs integer[], p_needs bigint[], p_wants bigint[], p_shares integer
 ) RETURNS TABLE (request_id uuid, answer jsonb)
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s'
+SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off
+SET join_collapse_limit = 1 SET random_page_cost = 0.1 SET jit = off
+AS $$
 #variable_conflict use_column
 DECLARE
     v_item record;
