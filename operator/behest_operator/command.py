@@ -74,10 +74,10 @@ class OperatorSettings(msgspec.Struct, frozen=True, kw_only=True):
         if names := environment.get("BEHEST_NAMESPACES", "").strip():
             given["namespaces"] = tuple(name.strip() for name in names.split(",") if name.strip())
         if configuration := environment.get("BEHEST_WEBHOOK_CONFIGURATION"):
-            names = {part: environment.get(f"BEHEST_WEBHOOK_{part.upper()}", "") for part in _WEBHOOK_PARTS}
-            if missing := [f"BEHEST_WEBHOOK_{part.upper()}" for part, name in names.items() if not name]:
+            parts = {part: environment.get(f"BEHEST_WEBHOOK_{part.upper()}", "") for part in _WEBHOOK_PARTS}
+            if missing := [f"BEHEST_WEBHOOK_{part.upper()}" for part, name in parts.items() if not name]:
                 raise OperatorSettingsError(f"{missing[0]} is not set: BEHEST_WEBHOOK_CONFIGURATION needs it")
-            given["webhook"] = WebhookCertificates(configuration=configuration, **names)
+            given["webhook"] = WebhookCertificates(configuration=configuration, **parts)
         if bind := environment.get("BEHEST_LIVENESS_BIND"):
             given["liveness_bind"] = bind
         return cls(**given)
@@ -95,7 +95,7 @@ def add_parser(subparsers: Any) -> None:
         "  BEHEST_SIDECAR_DATABASE_URL  the ledger as sidecars reach it (default: as the operator does)\n"
         "  BEHEST_MASTER_KEY_FILE  a file with 32 bytes in base64, under which providers' keys are sealed\n"
         "  BEHEST_WEBHOOK_CONFIGURATION, _NAMESPACE, _SECRET, _SERVICE\n"
-        "                        the webhook's object, and where its certificate belongs (default: nobody looks after it)\n"
+        "                        the webhook's object, and where its certificate belongs (default: it is not ours)\n"
         "  BEHEST_NAMESPACES     those that are looked after, with commas between them (default: all)\n"
         "  BEHEST_LIVENESS_BIND  where probes connect (default: 0.0.0.0:8081)\n"
         "  KUBECONFIG            outside a pod: how to reach the API server",
