@@ -4,17 +4,18 @@ import argparse
 import asyncio
 import logging
 import os
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import kopf
 import msgspec
 
 from behest_ledger.sealing import SealingError, key_from_text
 from behest_ledger.store.errors import LedgerError, SchemaError
-from behest_ledger.store.keeper import Keeper
+from behest_ledger.store.keeper import Keeper, Policy
 from behest_ledger.store.migrate import check_schema
 from behest_ledger.store.pool import open_pool
 from behest_operator.handlers import Handlers, configure
@@ -43,6 +44,12 @@ class OperatorSettings(msgspec.Struct, frozen=True, kw_only=True):
     """32 bytes; in the environment `BEHEST_MASTER_KEY_FILE`, a file with them in base64."""
     sidecar_database_url: str
     """The ledger as sidecars reach it; their own logins are put in. Absent: as the operator reaches it."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """How much is logged."""
+    grace_hours: float = 24.0
+    """How long a request of a lost sidecar waits for its journal."""
+    policy: Policy = "checkpoint"
+    """What it is charged then: its last `checkpoint`, or all that was on `hold`."""
     webhook: WebhookCertificates | None = None
     """What the certificate is for that the operator looks after; None: somebody else does, or there is no webhook."""
     namespaces: tuple[str, ...] = ()
@@ -78,6 +85,16 @@ class OperatorSettings(msgspec.Struct, frozen=True, kw_only=True):
             if missing := [f"BEHEST_WEBHOOK_{part.upper()}" for part, name in parts.items() if not name]:
                 raise OperatorSettingsError(f"{missing[0]} is not set: BEHEST_WEBHOOK_CONFIGURATION needs it")
             given["webhook"] = WebhookCertificates(configuration=configuration, **parts)
+        for name, choices in (("log_level", ("debug", "info", "warning", "error")), ("policy", ("checkpoint", "hold"))):
+            variable = f"BEHEST_{name.upper()}"
+            if text := environment.get(variable):
+                if text not in choices:
+                    raise OperatorSettingsError(f"{variable} must be one of {', '.join(choices)}, not {text!r}")
+                given[name] = text
+        if text := environment.get("BEHEST_GRACE_HOURS"):
+            if not re.fullmatch(r"[0-9]{1,5}(\.[0-9]+)?", text):
+                raise OperatorSettingsError(f"BEHEST_GRACE_HOURS must be a number of hours, not {text!r}")
+            given["grace_hours"] = float(text)
         if bind := environment.get("BEHEST_LIVENESS_BIND"):
             given["liveness_bind"] = bind
         return cls(**given)
@@ -97,6 +114,8 @@ def add_parser(subparsers: Any) -> None:
         "  BEHEST_WEBHOOK_CONFIGURATION, _NAMESPACE, _SECRET, _SERVICE\n"
         "                        the webhook's object, and where its certificate belongs (default: it is not ours)\n"
         "  BEHEST_NAMESPACES     those that are looked after, with commas between them (default: all)\n"
+        "  BEHEST_GRACE_HOURS, BEHEST_POLICY  as --grace-hours and --policy of `behest ledger keep`\n"
+        "  BEHEST_LOG_LEVEL      debug, info, warning or error (default: info)\n"
         "  BEHEST_LIVENESS_BIND  where probes connect (default: 0.0.0.0:8081)\n"
         "  KUBECONFIG            outside a pod: how to reach the API server",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -106,14 +125,18 @@ def add_parser(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run until SIGTERM or SIGINT. Exit status 2: a mistake in the environment."""
     del arguments
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("kopf").setLevel(logging.WARNING)
     try:
         settings = OperatorSettings.read(os.environ)
         credentials = Credentials.find()
     except (OperatorSettingsError, KubernetesError) as error:
         print(f"behest operator: {error}", file=sys.stderr)
         return 2
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=settings.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    logging.getLogger("kopf").setLevel(logging.WARNING)
     registry = kopf.OperatorRegistry()
     _Process(settings, credentials, registry).register()
     # kopf cancels every task of its loop at its end: this process has nothing else to do.
@@ -161,7 +184,9 @@ class _Process:
             sidecar_dsn=self._settings.sidecar_database_url,
         )
         Handlers(Reconciler(self._pool, secrets), self._kubernetes, board).register(self._registry)
-        keeper = Keeper(self._settings.database_url)
+        keeper = Keeper(
+            self._settings.database_url, grace_s=self._settings.grace_hours * 3600, policy=self._settings.policy
+        )
         self._tasks = [
             asyncio.create_task(keeper.run(), name="keeper"),
             asyncio.create_task(board.run(), name="status of budgets"),
