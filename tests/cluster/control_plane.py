@@ -27,6 +27,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from behest_proxy.cli.preflight import free_port
 from cluster.binaries import Programs, programs
+from cluster.routes import Routes, proxied
 
 _numbers = count(1)
 _START_S = 60.0
@@ -46,6 +47,8 @@ class ControlPlane:
     """Of a cluster administrator."""
     certificate_authority: Path
     programs: Programs
+    routes: Routes
+    """What stands behind Services that the API server calls."""
 
     def kubectl(self, *arguments: str, stdin: str | None = None, kubeconfig: Path | None = None) -> str:
         """Run kubectl and return what it prints. Raises `CommandFailed`."""
@@ -75,6 +78,11 @@ class ControlPlane:
             {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "default", "namespace": name}},
         )
         return name
+
+    def route(self, service: str, namespace: str, port: int) -> None:
+        """Let connections of the API server to a Service arrive at a port of this machine."""
+        spec = self.get("service", service, namespace)["spec"]
+        self.routes.add(f"{spec['clusterIP']}:{spec['ports'][0]['port']}", port)
 
     def kubeconfig_of(self, service_account: str, namespace: str) -> Path:
         """A kubeconfig with a token of a service account: what a pod under it may do."""
@@ -114,7 +122,9 @@ def running_control_plane() -> Generator[ControlPlane]:
         folder = Path(name)
         (folder / "home").mkdir()
         etcd_url = running.enter_context(_etcd(found.etcd, folder))
-        url, authority = running.enter_context(_apiserver(found.kube_apiserver, folder, etcd_url))
+        routes = Routes()
+        egress = running.enter_context(proxied(routes, folder))
+        url, authority = running.enter_context(_apiserver(found.kube_apiserver, folder, etcd_url, egress))
         kubeconfig = folder / "admin.kubeconfig"
         identity = {
             "client-certificate": str(folder / "admin.crt"),
@@ -122,7 +132,12 @@ def running_control_plane() -> Generator[ControlPlane]:
         }
         _write_kubeconfig(kubeconfig, url, authority, identity, "default")
         plane = ControlPlane(
-            url=url, folder=folder, kubeconfig=kubeconfig, certificate_authority=authority, programs=found
+            url=url,
+            folder=folder,
+            kubeconfig=kubeconfig,
+            certificate_authority=authority,
+            programs=found,
+            routes=routes,
         )
         _wait_until_ready(plane)
         plane.apply(
@@ -164,7 +179,7 @@ def _etcd(program: Path, folder: Path) -> Generator[str]:
 
 
 @contextmanager
-def _apiserver(program: Path, folder: Path, etcd_url: str) -> Generator[tuple[str, Path]]:
+def _apiserver(program: Path, folder: Path, etcd_url: str, egress: Path) -> Generator[tuple[str, Path]]:
     authority = _Authority(folder)
     authority.issue("apiserver", server=True)
     authority.issue("admin", organisation="system:masters")
@@ -189,6 +204,7 @@ def _apiserver(program: Path, folder: Path, etcd_url: str) -> Generator[tuple[st
         "--authorization-mode=RBAC",
         "--allow-privileged=true",
         "--endpoint-reconciler-type=none",
+        f"--egress-selector-config-file={egress}",
     ]
     with _process(arguments, folder / "apiserver.log"):
         yield f"https://127.0.0.1:{port}", authority.path

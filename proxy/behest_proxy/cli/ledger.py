@@ -6,6 +6,7 @@ import contextlib
 import logging
 import signal
 import sys
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,13 @@ def add_parser(subparsers: Any) -> None:
     )
     commands = parser.add_subparsers(dest="ledger_command", required=True, metavar="COMMAND")
     migrate = commands.add_parser("migrate", help="bring the schema to this version")
+    migrate.add_argument(
+        "--wait",
+        type=_seconds,
+        default=None,
+        metavar="SECONDS",
+        help="wait so long for a database that is not there yet (default: do not wait)",
+    )
     verify = commands.add_parser(
         "verify",
         help="recompute every balance and name what differs",
@@ -145,14 +153,49 @@ async def _keep(dsn: str, arguments: argparse.Namespace) -> int:
     return 0
 
 
-async def _migrate(dsn: str, _arguments: argparse.Namespace) -> int:
+async def _migrate(dsn: str, arguments: argparse.Namespace) -> int:
     from behest_ledger.store.migrate import migrate
 
-    applied = await migrate(dsn)
-    for name in applied:
+    if arguments.wait is not None:
+        await _await_database(dsn, arguments.wait)
+    for name in await migrate(dsn):
         print(f"applied {name}")
     print("the schema is up to date")
+    if version := await _first_prices(dsn):
+        print(f"stored the price book {version}")
     return 0
+
+
+async def _await_database(dsn: str, timeout_s: float) -> None:
+    from behest_ledger.store.errors import LedgerUnavailableError
+    from behest_ledger.store.pool import connect
+
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        try:
+            await (await connect(dsn)).close()
+        except LedgerUnavailableError as error:
+            if time.monotonic() > deadline_s:
+                raise
+            print(f"waiting for the database: {error}", flush=True)
+            await asyncio.sleep(1)
+        else:
+            return
+
+
+async def _first_prices(dsn: str) -> str | None:
+    """A ledger without any price refuses every model: it begins with the book that this version brings."""
+    from behest_ledger.prices.snapshot import compile_package_book
+    from behest_ledger.store.pool import connect
+    from behest_ledger.store.prices import list_versions, store_book
+
+    connection = await connect(dsn)
+    try:
+        if await list_versions(connection):
+            return None
+        return await store_book(connection, compile_package_book(), effective_from=datetime.now(UTC))
+    finally:
+        await connection.close()
 
 
 async def _verify(dsn: str, arguments: argparse.Namespace) -> int:
