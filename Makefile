@@ -48,7 +48,7 @@ define install
 	@touch $(2)
 endef
 
-.PHONY: always help up down install-dev test torture check bench clean-venv
+.PHONY: always help up down install-dev test test-cluster torture check bench clean-venv
 
 help: ## show this list
 	@echo "Behest: an OpenAI-compatible streaming gateway whose budgets hold, to the last token."
@@ -67,6 +67,9 @@ install-dev: $(VENV)/.installed-dev ## make .venv with everything that the tests
 
 test: $(VENV)/.installed-dev ## run every test that needs no cluster and no browser
 	@$(BIN)/python -Im pytest -n 2 --dist loadfile $(ARGS)
+
+test-cluster: $(VENV)/.installed-dev ## run the tests that need a Kubernetes API server (made here, once, where Go is)
+	@$(BIN)/python -Im pytest tests/cluster $(ARGS)
 
 torture: $(VENV)/.installed-dev ## kill -9 sidecars and PostgreSQL for a while, then look at the books
 	@PYTHONPATH=tests $(BIN)/python -m torture.run $(ARGS)
