@@ -126,7 +126,7 @@ def _problem(end: StreamEnd, row: Charged | None, *, sent_tokens: int, killed: b
             return "the books do not know it"
         return ""
     charged = row.output_tokens
-    if end.status not in (200, None) and row.amount_pico:
+    if end.status not in (200, None) and row.amount_pico and not _killed_before_its_answer(row):
         return "a refused request was charged"
     if charged < received:
         return "charged less than was received"
@@ -149,7 +149,7 @@ def _problem_of_recording(end: StreamEnd, recording: Recording, row: Charged | N
         return "the books do not know it" if end.status == 200 or received else ""
     charged = row.output_tokens
     most = max(recording.counted_tokens, recording.provider_tokens or 0)
-    if end.status not in (200, None) and row.amount_pico:
+    if end.status not in (200, None) and row.amount_pico and not _killed_before_its_answer(row):
         return "a refused request was charged"
     if charged > most:
         return "charged more than the provider sent"
@@ -164,6 +164,11 @@ def _problem_of_recording(end: StreamEnd, recording: Recording, row: Charged | N
     if end.left or killed:
         return ""
     return "" if end.status not in (200, None) or not (end.status or row.amount_pico) else "broken without a kill"
+
+
+def _killed_before_its_answer(row: Charged) -> bool:
+    """What was suspended while it waited for the provider is answered with 403, and costs its input."""
+    return row.outcome == "killed" and row.output_tokens == 0
 
 
 def _count(end: StreamEnd, row: Charged | None, *, killed: bool, figures: Figures) -> None:

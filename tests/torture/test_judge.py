@@ -126,3 +126,17 @@ def test_the_streams_of_this_repository_can_be_replayed(tmp_path: Path, reposito
     assert found["text-usage-in-own-chunk"].provider_tokens
     assert found["text-without-usage"].provider_tokens is None
     assert "error-event" not in found
+
+
+@pytest.mark.parametrize(
+    ("outcome", "output_tokens", "is_fine"), [("killed", 0, True), ("killed", 1, False), ("refused", 0, False)]
+)
+def test_a_refusal_costs_nothing_but_the_input_of_what_was_suspended_while_it_waited(
+    outcome: str, output_tokens: int, is_fine: bool
+) -> None:
+    plan = plan_round(1, 1, SCALE).streams[0]
+    end = StreamEnd(plan=plan, request_id="r", status=403, code="forbidden")
+    rows = {"r": Charged(request_id="r", outcome=outcome, source="local", output_tokens=output_tokens, amount_pico=1)}
+    sim = [{"id": "r", "body": {"sim": {"seed": plan.number}}, "output_tokens_sent": 7}]
+    findings = judge_streams([end], rows=rows, sim=sim, killed={plan.number: False}, figures=Figures())
+    assert bool(findings) != is_fine
