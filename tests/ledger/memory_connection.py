@@ -47,6 +47,9 @@ class Statements:
             item["request_id"] = UUID(item["request_id"])
         return list(self.ledger.settle_batch_v1(decoded))
 
+    def _lease_batch_v1(self, *arguments: Any) -> list[Row]:
+        return list(self.ledger.lease_batch_v1(*arguments))
+
     def _register_holder_v1(self, *arguments: Any) -> list[Row]:
         return [(self.ledger.register_holder_v1(*arguments),)]
 

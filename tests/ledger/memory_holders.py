@@ -50,6 +50,14 @@ class MemoryLedger(MoneyLedger):
         row = self.holders.get(holder_id)
         return not self.holders if row is None else self._lives(row)
 
+    def may_lease(self, holder_id: UUID) -> bool:
+        """Whether a holder is believed to live."""
+        return holder_id in self.holders and self._lives(self.holders[holder_id])
+
+    def is_fenced(self, holder_id: UUID) -> bool:
+        """Whether a holder was fenced."""
+        return holder_id in self.holders and self.holders[holder_id].fenced_at is not None
+
     def register_holder_v1(self, holder: UUID, name: str, ttl: timedelta) -> float:
         """Begin to live, and until when."""
         row = self.holders.get(holder)
@@ -71,12 +79,12 @@ class MemoryLedger(MoneyLedger):
     def unregister_holder_v1(self, holder: UUID) -> bool:
         """A clean end. False: the holder still holds something."""
         row = self.holders.get(holder)
-        if row is None or row.fenced_at is not None:
-            return True
-        if any(hold.state == "open" and hold.holder_id == holder for hold in self.holds.values()):
-            return False
-        row.fenced_at = self.clock_s()
-        return True
+        is_open = any(hold.state == "open" and hold.holder_id == holder for hold in self.holds.values())
+        if row is not None and row.fenced_at is None and not is_open:
+            row.fenced_at = self.clock_s()
+        has_ended = row is None or row.fenced_at is not None
+        self.give_up_leases(holder, for_good=has_ended)
+        return has_ended
 
     def checkpoint_batch_v1(
         self, tenants: Sequence[str], requests: Sequence[UUID], inputs: Sequence[int], outputs: Sequence[int],
@@ -117,6 +125,7 @@ class MemoryLedger(MoneyLedger):
                 window.held -= held
                 window.suspense += held
                 window.check()
+        self.reap_leases()
         return {"fenced": sorted(fenced), "holds": len(dead), "more": len(dead) >= limit}
 
     def _is_nobodys(self, hold: Hold, now_s: float, had_holders: bool) -> bool:

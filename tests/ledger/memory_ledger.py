@@ -10,7 +10,8 @@ from uuid import UUID
 
 import asyncpg
 
-from ledger.memory_windows import Key, Window, Windows
+from ledger.memory_leases import Lease, LeasedWindows
+from ledger.memory_windows import Key, Window
 
 SETTLE_SEQ = 1_000_000
 VOID: dict[str, Any] = {"verdict": "void"}
@@ -53,7 +54,7 @@ def grant(available: int, rate: int, need: int, want: int, shares: int, live: in
     return min(most, available // rate, max(need, 16, available // (rate * shares * live)))
 
 
-class MoneyLedger(Windows):
+class MoneyLedger(LeasedWindows):
     """The three functions that move money."""
 
     def __init__(self, clock_s: Callable[[], float]) -> None:
@@ -76,67 +77,86 @@ class MoneyLedger(Windows):
 
     def admit_batch_v1(self, holder: UUID, items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Admit requests in the order of their ids: they are of one tenant and month."""
+        items = sorted(items, key=lambda item: item["request_id"])
+        answers: list[dict[str, Any] | None] = [self._known_without_windows(holder, item) for item in items]
+        budgets: list[dict[int, dict[str, Any]]] = [{} for _ in items]
+        wishes: dict[int, int] = {}
+        for place, item in enumerate(items):
+            if answers[place] is None:
+                for budget in self.matching(item["tenant_id"], item["attributes"]):
+                    window = self.open_window_v1(budget, item["attributes"])
+                    budgets[place][window.window_id] = budget
+                    wish = _held_for(window, item, max(item["need_tokens"], item["want_tokens"]))
+                    wishes[window.window_id] = wishes.get(window.window_id, 0) + wish
+        leased = self._leases_that_pay(holder, wishes, least=1)
+        for place, item in enumerate(items):
+            answers[place] = answers[place] or self._admit(holder, item, budgets[place], leased)
         return [
-            {"request_id": item["request_id"], "answer": self._admit(
-                item["tenant_id"], item["request_id"], holder, item["attributes"], item["price_key"],
-                item["input_tokens"], item["input_amount_pico"], item["output_rate_pico"], item["need_tokens"],
-                item["want_tokens"], item["shares"],
-            )}
-            for item in sorted(items, key=lambda item: item["request_id"])
-        ]  # fmt: skip
+            {"request_id": item["request_id"], "answer": answer} for item, answer in zip(items, answers, strict=True)
+        ]
 
-    def _admit(
-        self, tenant: str, request: UUID, holder: UUID, attributes: dict[str, Any], price_key: str, input_tokens: int,
-        input_amount: int, output_rate: int, need: int, want: int, shares: int,
-    ) -> dict[str, Any]:  # fmt: skip
-        known = self.holds.get((tenant, request))
+    def _leases_that_pay(self, holder: UUID | None, wishes: dict[int, int], *, least: int) -> dict[int, Lease]:
+        """The windows of which this holder has a lease that can pay all that is wished of them."""
+        leases = {window_id: self.lease_of(window_id, holder) for window_id in wishes}
+        return {
+            window_id: lease
+            for window_id, lease in leases.items()
+            if lease is not None and lease.free >= max(wishes[window_id], least)
+        }
+
+    def _known_without_windows(self, holder: UUID, item: dict[str, Any]) -> dict[str, Any] | None:
+        tenant, attributes = item["tenant_id"], item["attributes"]
+        known = self.holds.get((tenant, item["request_id"]))
         if known is not None:
             return known.answer or VOID if known.state == "open" else VOID
         if not self.holder_may_admit(holder):
             return VOID
         if (tenant, attributes.get("project", "")) in self.suspended_projects:
             return _suspended("project", attributes["project"])
-        matching = list(self.matching(tenant, attributes))
-        for budget in matching:
+        for budget in self.matching(tenant, attributes):
             if budget["suspended"]:
                 return _suspended("budget", budget["budget_id"])
-        budgets = {self.open_window_v1(budget, attributes).window_id: budget for budget in matching}
-        refused, granted, bound_by = self._afford(budgets, input_tokens, input_amount, output_rate, need, want, shares)
+        return None
+
+    def _admit(
+        self, holder: UUID, item: dict[str, Any], budgets: dict[int, dict[str, Any]], leased: dict[int, Lease]
+    ) -> dict[str, Any]:
+        request = item["request_id"]
+        refused, granted, bound_by = self._afford(budgets, item, leased)
         if refused is not None:
             return refused
-        hold = self.holds[tenant, request] = Hold("open", self.clock_s())
-        hold.holder_id, hold.attributes, hold.price_key = holder, attributes, price_key
-        hold.output_rate, hold.granted = output_rate, granted
-        hold.input_tokens, hold.input_amount = input_tokens, input_amount
-        hold.answer = {
-            "verdict": "granted", "output_tokens": granted, "windows": sorted(budgets), "amounts": [],
-            "bound_by": bound_by,
-        }  # fmt: skip
+        hold = self.holds[item["tenant_id"], request] = Hold("open", self.clock_s())
+        hold.holder_id, hold.attributes, hold.price_key = holder, item["attributes"], item["price_key"]
+        hold.output_rate, hold.granted = item["output_rate_pico"], granted
+        hold.input_tokens, hold.input_amount = item["input_tokens"], item["input_amount_pico"]
         for window_id in sorted(budgets):
-            window = self.windows[window_id]
-            held = window.input_part(input_tokens, input_amount) + granted * window.output_rate(output_rate)
-            hold.answer["amounts"].append(str(held))
-            hold.lines[window_id] = held
-            self.post(request, window_id, 0, "available", "held", held)
-            window.held += held
-            window.live += 1
-            self.touched.add(window_id)
-            window.check()
+            window, lease = self.windows[window_id], leased.get(window_id)
+            hold.lines[window_id] = held = _held_for(window, item, granted)
+            if lease is not None:
+                lease.new_live += 1
+            else:
+                window.live += 1
+            self.hold_of(window, request, 0, held, lease)
+        hold.answer = {
+            "verdict": "granted", "output_tokens": granted, "windows": list(hold.lines),
+            "amounts": [str(held) for held in hold.lines.values()], "bound_by": bound_by,
+        }  # fmt: skip
         return hold.answer
 
     def _afford(
-        self, budgets: dict[int, dict[str, Any]], input_tokens: int, input_amount: int, output_rate: int, need: int,
-        want: int, shares: int,
-    ) -> tuple[dict[str, Any] | None, int, dict[str, Any] | None]:  # fmt: skip
+        self, budgets: dict[int, dict[str, Any]], item: dict[str, Any], leased: dict[int, Lease]
+    ) -> tuple[dict[str, Any] | None, int, dict[str, Any] | None]:
         refused: dict[str, Any] | None = None
         bound_by: dict[str, Any] | None = None
+        need, want = item["need_tokens"], item["want_tokens"]
         granted = max(want, need)
         for window_id in sorted(budgets):
             window, budget = self.windows[window_id], budgets[window_id]
-            if window.ceiling is None:
+            if window.ceiling is None or window_id in leased:
                 continue
-            left = window.limit - window.balance - window.input_part(input_tokens, input_amount)
-            possible = grant(left, window.output_rate(output_rate), need, want, shares, window.live + 1)
+            fixed = window.input_part(item["input_tokens"], item["input_amount_pico"])
+            rate = window.output_rate(item["output_rate_pico"])
+            possible = self._possible(window, fixed, rate, need, want, item["shares"], 1)
             if possible >= granted:
                 continue
             if possible >= 0:
@@ -145,6 +165,18 @@ class MoneyLedger(Windows):
                 refused = self.refusal(budget, window)
         return refused, granted, bound_by
 
+    def _possible(self, window: Window, fixed: int, rate: int, need: int, want: int, shares: int, more: int) -> int:
+        """What a window grants; before it refuses, it takes back what is free in its leases."""
+
+        def possible() -> int:
+            live = max(window.live, 0) + 1 if more else max(window.live, 1)
+            return grant(window.limit - window.balance - fixed, rate, need, want, shares, live)
+
+        found = possible()
+        if found < 0 and self.recall(window, need * rate + fixed - (window.limit - window.balance)):
+            found = possible()
+        return found
+
     # --- extensions --------------------------------------------------------------------------------------------
 
     def extend_batch_v1(
@@ -152,30 +184,47 @@ class MoneyLedger(Windows):
         wants: Sequence[int], shares: int,
     ) -> list[dict[str, Any]]:  # fmt: skip
         """More output tokens for several holds."""
+        items = list(zip(tenants, requests, seqs, needs, wants, strict=True))
+        wishes: dict[int, int] = {}
+        askers: dict[int, set[UUID | None]] = {}
+        for tenant, request, seq, need, want in items:
+            hold = self.holds.get((tenant, request))
+            if hold is None or hold.state != "open" or seq <= hold.last_seq:
+                continue
+            for window_id in hold.lines:
+                window = self.windows[window_id]
+                if rate := window.output_rate(hold.output_rate):
+                    wishes[window_id] = wishes.get(window_id, 0) + max(need, want) * rate
+                    askers.setdefault(window_id, set()).add(hold.holder_id)
+        now_s = self.clock_s()
+        leased: dict[int, Lease] = {}
+        for window_id, wish in wishes.items():
+            if len(askers[window_id]) == 1 and self.windows[window_id].runs(now_s):
+                leased.update(self._leases_that_pay(next(iter(askers[window_id])), {window_id: wish}, least=0))
         return [
-            {"request_id": request, "answer": self._extend(tenant, request, seq, need, want, shares)}
-            for tenant, request, seq, need, want in zip(tenants, requests, seqs, needs, wants, strict=True)
+            {"request_id": request, "answer": self._extend(tenant, request, seq, need, want, shares, leased)}
+            for tenant, request, seq, need, want in items
         ]
 
-    def _extend(self, tenant: str, request: UUID, seq: int, need: int, want: int, shares: int) -> dict[str, Any]:
+    def _extend(
+        self, tenant: str, request: UUID, seq: int, need: int, want: int, shares: int, leased: dict[int, Lease]
+    ) -> dict[str, Any]:
         hold = self.holds.get((tenant, request))
         if hold is None or hold.state != "open":
             return VOID
         if seq <= hold.last_seq:
             return hold.extension or hold.answer or VOID
-        refused, granted = self._more(tenant, hold, need, want, shares)
+        refused, granted = self._more(tenant, hold, need, want, shares, leased)
         answer = refused
         if answer is None:
             moved: dict[int, str] = {}
-            for window_id in sorted(hold.lines):
+            for window_id in hold.lines:
                 window = self.windows[window_id]
-                amount = granted * window.output_rate(hold.output_rate)
-                if window.output_rate(hold.output_rate):
-                    moved[window_id] = str(amount)
-                self.post(request, window_id, seq, "available", "held", amount)
-                hold.lines[window_id] += amount
-                window.held += amount
-                window.check()
+                rate = window.output_rate(hold.output_rate)
+                if rate:
+                    moved[window_id] = str(granted * rate)
+                    hold.lines[window_id] += granted * rate
+                    self.hold_of(window, request, seq, granted * rate, leased.get(window_id))
             hold.granted += granted
             answer = {
                 "verdict": "granted", "output_tokens": granted, "windows": list(moved), "amounts": list(moved.values()),
@@ -184,8 +233,8 @@ class MoneyLedger(Windows):
         return answer
 
     def _more(
-        self, tenant: str, hold: Hold, need: int, want: int, shares: int
-    ) -> tuple[dict[str, Any] | None, int]:  # fmt: skip
+        self, tenant: str, hold: Hold, need: int, want: int, shares: int, leased: dict[int, Lease]
+    ) -> tuple[dict[str, Any] | None, int]:
         project = hold.attributes.get("project", "")
         if (tenant, project) in self.suspended_projects:
             return _suspended("project", project), 0
@@ -197,9 +246,9 @@ class MoneyLedger(Windows):
             if budget["suspended"]:
                 return _suspended("budget", window.budget_id), 0
             rate = window.output_rate(hold.output_rate)
-            if window.ceiling is None or rate == 0:
+            if window.ceiling is None or rate == 0 or window_id in leased:
                 continue
-            possible = grant(window.limit - window.balance, rate, need, want, shares, max(window.live, 1))
+            possible = self._possible(window, 0, rate, need, want, shares, 0)
             if possible >= 0:
                 granted = min(granted, possible)
             elif refused is None:
@@ -309,6 +358,11 @@ class MoneyLedger(Windows):
             if amount != quantity * rate:
                 raise asyncpg.CheckViolationError(f"a usage line of {request} does not add up")
             self.usage_lines.append((request, entry, line["class"], quantity, rate, amount))
+
+
+def _held_for(window: Window, item: dict[str, Any], output_tokens: int) -> int:
+    fixed = window.input_part(item["input_tokens"], item["input_amount_pico"])
+    return fixed + output_tokens * window.output_rate(item["output_rate_pico"])
 
 
 def _suspended(what: str, name: str) -> dict[str, Any]:

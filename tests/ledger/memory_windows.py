@@ -60,9 +60,13 @@ class Window:
         if self.ceiling is not None:
             self.ceiling = max(self.limit, self.balance)
 
+    def runs(self, now_s: float) -> bool:
+        """Whether its period has not ended."""
+        return self.ends_at is None or self.ends_at > now_s
+
     def check(self) -> None:
-        """The table's constraints."""
-        if min(self.spent, self.held, self.suspense, self.overrun, self.live) < 0:
+        """The table's constraints. `live` may be below zero while leases admit for it."""
+        if min(self.spent, self.held, self.suspense, self.overrun) < 0:
             raise asyncpg.CheckViolationError(f"a balance of window {self.window_id} is negative")
         if self.ceiling is not None and self.balance > self.ceiling:
             raise asyncpg.CheckViolationError(f"ceiling_holds: window {self.window_id}")
@@ -71,20 +75,20 @@ class Window:
         """What the window must hold for some input."""
         if self.unit == "usd":
             return input_amount
-        return 1 if self.unit == "requests" else 0 if self.kind == "output" else input_tokens
+        return 1 if self.unit in ("requests", "concurrency") else 0 if self.kind == "output" else input_tokens
 
     def output_rate(self, output_rate_pico: int) -> int:
         """What the window must hold for an output token."""
         if self.unit == "usd":
             return output_rate_pico
-        return 0 if self.unit == "requests" or self.kind == "input" else 1
+        return 0 if self.unit in ("requests", "concurrency") or self.kind == "input" else 1
 
     def charge(self, amount_pico: int, input_tokens: int, output_tokens: int, requests: int) -> int:
         """A charge in the window's unit."""
         if self.unit == "usd":
             return amount_pico
-        if self.unit == "requests":
-            return requests
+        if self.unit in ("requests", "concurrency"):
+            return requests if self.unit == "requests" else 0
         return (input_tokens if self.kind != "output" else 0) + (output_tokens if self.kind != "input" else 0)
 
 
@@ -132,7 +136,7 @@ class Windows:
         source = self._act()
         limit = row["limit_amount"]
         for window in self.windows.values():
-            if (window.tenant_id, window.budget_id) != key or not _runs(window, now_s):
+            if (window.tenant_id, window.budget_id) != key or not window.runs(now_s):
                 continue
             more = limit - window.limit
             window.limit = limit
@@ -159,7 +163,7 @@ class Windows:
         key = (budget["tenant_id"], budget["budget_id"], repr(subject))
         now_s = self.clock_s()
         found = self.current.get(key)
-        if found is not None and _runs(self.windows[found], now_s):
+        if found is not None and self.windows[found].runs(now_s):
             return self.windows[found]
         self.last_window += 1
         window = Window(self.last_window, budget, subject)
@@ -196,10 +200,6 @@ class Windows:
         """An act of configuration: no request has an id as small as this."""
         self._acts += 1
         return UUID(int=self._acts)
-
-
-def _runs(window: Window, now_s: float) -> bool:
-    return window.ends_at is None or window.ends_at > now_s
 
 
 def _bounds(budget: dict[str, Any], now_s: float) -> tuple[float, float | None]:

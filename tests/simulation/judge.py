@@ -55,21 +55,25 @@ class Judge:
         if key in self._posted:
             raise WrongError(f"posted twice: {posting}")
         self._posted.add(key)
-        if posting.credit == "held":
-            hold = self._ledger.holds[TENANT, posting.source_id]
-            holder = self._ledger.holders.get(hold.holder_id) if hold.holder_id is not None else None
+        if posting.credit in ("held", "leased"):
+            holder_id: UUID | None = posting.source_id
+            if posting.credit == "held":
+                holder_id = self._ledger.holds[TENANT, posting.source_id].holder_id
+            holder = self._ledger.holders.get(holder_id) if holder_id is not None else None
             if holder is None or holder.fenced_at is not None:
                 raise WrongError(f"a holder that was fenced, or never was, took money: {posting}")
 
     def _look_at_window(self, window: Window) -> None:
-        if min(window.spent, window.held, window.suspense, window.overrun, window.live) < 0:
+        if min(window.spent, window.held, window.suspense, window.overrun) < 0:
             raise WrongError(f"a balance below zero in window {window.window_id}")
         if window.ceiling is not None and window.spent + window.held + window.suspense > window.ceiling:
             raise WrongError(f"the ceiling of window {window.window_id} is passed")
         account = self._ledger.accounts.get(window.window_id, {})
-        if (window.spent, window.held, window.suspense, window.overrun) != (
-            account.get("spent", 0), account.get("held", 0), account.get("suspense", 0), account.get("overrun", 0),
-        ):  # fmt: skip
+        leased = sum(lease.free for lease in self._ledger.leases.get(window.window_id, {}).values())
+        if account.get("leased", 0) != leased:
+            raise WrongError(f"{leased} is free in leases of window {window.window_id}, its postings say {account}")
+        spent, held, suspense, overrun = (account.get(name, 0) for name in ("spent", "held", "suspense", "overrun"))
+        if (window.spent, window.held, window.suspense, window.overrun) != (spent, held + leased, suspense, overrun):
             raise WrongError(f"window {window.window_id} is not what its postings come to: {account}")
         if window.overrun and self._overshoot_is_zero and not self._ledger.policy_charged:
             raise WrongError(f"overshoot in window {window.window_id}, and every provider kept its word")
@@ -151,6 +155,10 @@ class Judge:
             account[debit] -= amount
             account[credit] += amount
         held: dict[int, dict[str, int]] = {window_id: {} for window_id in ledger.windows}
+        for window_id, leases in ledger.leases.items():
+            of = held[window_id]
+            of["open"] = of["leased"] = sum(lease.free for lease in leases.values())
+            of["live"] = -sum(lease.new_live for lease in leases.values())
         for hold in ledger.holds.values():
             if hold.state in _OPEN:
                 for window_id, amount in hold.lines.items():
@@ -164,7 +172,7 @@ class Judge:
                 account["spent"], holds.get("open", 0), holds.get("suspense", 0), account["overrun"],
                 holds.get("live", 0),
             )  # fmt: skip
-            if found != wanted or account["held"] != window.held:
+            if found != wanted or account["held"] + holds.get("leased", 0) != window.held:
                 raise WrongError(f"window {window_id} says {found}, its postings and holds {wanted}")
         self._look_at_sums(accounts)
 
@@ -188,7 +196,7 @@ class Judge:
         self.look()
         self.look_at_all()
         for window in self._ledger.windows.values():
-            if window.held or window.suspense or window.live:
+            if window.held or window.suspense:
                 raise WrongError(f"window {window.window_id} still holds {window.held} and {window.suspense}")
         for key, hold in self._ledger.holds.items():
             asked = self._asked[key[1]]

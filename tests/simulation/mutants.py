@@ -19,7 +19,8 @@ from behest_proxy.exchange import Exchange
 from behest_proxy.meter import Meter
 from behest_proxy.terms import Phase
 from ledger.memory_holders import HolderRow, MemoryLedger
-from ledger.memory_windows import Key
+from ledger.memory_leases import Lease
+from ledger.memory_windows import Key, Window
 from simulation.remembered import SimulatedMemory
 from simulation.sidecar import Parts
 
@@ -78,10 +79,12 @@ class ReapsToAvailable(MemoryLedger):
 class ExtendsAgain(MemoryLedger):
     """An extension that is asked again is granted again."""
 
-    def _extend(self, tenant: str, request: UUID, seq: int, need: int, want: int, shares: int) -> dict[str, Any]:
+    def _extend(
+        self, tenant: str, request: UUID, seq: int, need: int, want: int, shares: int, leased: dict[int, Lease]
+    ) -> dict[str, Any]:
         if (tenant, request) in self.holds:
             self.holds[tenant, request].last_seq = 0
-        return super()._extend(tenant, request, seq, need, want, shares)
+        return super()._extend(tenant, request, seq, need, want, shares, leased)
 
 
 class ForgetsSuspense(MemoryLedger):
@@ -110,6 +113,22 @@ class CorrectsByAdding(MemoryLedger):
             window.settle_ceiling()
         self.requests[key].update({name: item[name] for name in ("input_tokens", "output_tokens", "amount_pico")})
         self.holds[key].state = "corrected"
+
+
+class LendsWhatIsNotThere(MemoryLedger):
+    """What is leased stays available to everybody."""
+
+    def set_lease(self, window: Window, holder_id: UUID, lease: Lease, free: int) -> None:
+        before = lease.free
+        super().set_lease(window, holder_id, lease, free)
+        window.held -= free - before
+
+
+class KeepsDeadLeases(MemoryLedger):
+    """What is free in the leases of the dead is nobody's any more."""
+
+    def reap_leases(self) -> None:
+        pass
 
 
 class AdmitsTheFenced(MemoryLedger):
@@ -226,6 +245,8 @@ def _parts(**parts: Any) -> Parts:
 LEDGERS: tuple[type[MemoryLedger], ...] = (
     SettlesAgain, ForgetsTombstones, ReapsEarly, ReapsToAvailable, ExtendsAgain, ForgetsSuspense, CorrectsByAdding,
     AdmitsTheFenced,
+    LendsWhatIsNotThere,
+    KeepsDeadLeases,
 )  # fmt: skip
 SIDECARS: dict[str, Parts] = {
     "writes before it is paid": _parts(exchange=WritesUnpaid),

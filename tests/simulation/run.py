@@ -187,7 +187,8 @@ class Simulation:
     def _rest(self) -> None:
         """The end, once nothing is open, nobody lives and nothing is on its way to the books."""
         is_open = any(hold.state in ("open", "suspense") for hold in self.ledger.holds.values())
-        if not is_open and all(pod.is_at_rest for pod in self.pods):
+        is_leased = any(lease.free for leases in self.ledger.leases.values() for lease in leases.values())
+        if not is_open and not is_leased and all(pod.is_at_rest for pod in self.pods):
             self.world.is_over = True
         self.world.after(REST_EACH_S, self._rest)
 

@@ -159,7 +159,8 @@ class Process(asyncio.AbstractEventLoop):
         self._asleep_since_s: float | None = None
         self._slept_s = 0.0
         self._parked: list[Handle] = []
-        self._coroutines: list[Any] = []
+        self._tasks: list[tuple[asyncio.Task[Any], Any]] = []
+        """Kept: a loop has only weak references, and what nobody else has would be gone with the next collection."""
 
     # --- its fate ----------------------------------------------------------------------------------------------
 
@@ -256,16 +257,17 @@ class Process(asyncio.AbstractEventLoop):
 
     def create_task(self, coro: Any, **named: Any) -> "asyncio.Task[Any]":
         """See asyncio."""
-        self._coroutines.append(coro)
-        return asyncio.Task(coro, loop=self, name=named.get("name"))
+        task: asyncio.Task[Any] = asyncio.Task(coro, loop=self, name=named.get("name"))
+        self._tasks.append((task, coro))
+        return task
 
     def close(self) -> None:
         """After the end of the world: nothing is left waiting."""
         self.alive = False
-        for coroutine in self._coroutines:
+        for _, coroutine in self._tasks:
             with contextlib.suppress(Killed, RuntimeError):
                 coroutine.close()
-        self._coroutines.clear()
+        self._tasks.clear()
 
     def run_in_executor(self, executor: Any, func: Callable[[*Ts], T], *args: *Ts) -> "asyncio.Future[T]":
         """Another thread, as fast as can be."""
