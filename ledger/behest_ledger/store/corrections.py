@@ -19,7 +19,7 @@ from behest_ledger.store.prices import load_book
 
 Result = Literal["corrected", "already", "unchanged"]
 
-REQUESTS_MAX = 5000
+REQUESTS_MAX = 1000
 """Requests that one transaction corrects: their windows are locked until it ends."""
 
 _REFUSALS = {

@@ -342,7 +342,7 @@ REVOKE ALL ON FUNCTION
 CREATE FUNCTION ledger.correct_one_v1(
     p_tenant text, p_month date, p_request uuid, p_correction text, p_reason text, p_charge jsonb
 ) RETURNS integer
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan AS $$
 DECLARE
     v_old ledger.request_now;
     v_number integer;
