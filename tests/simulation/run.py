@@ -324,15 +324,41 @@ def simulate(
     plan = plan_for(seed) if size == "small" else crowd_for(seed)
     disabled = logging.root.manager.disable
     collects = gc.isenabled()
-    logging.disable(logging.CRITICAL)
+    logging.disable(logging.WARNING)
+    alarms = _Alarms()
     gc.disable()
     try:
         simulation = Simulation(plan, parts=parts, ledger=ledger, told=told)
+        alarms.wrong = simulation.world.wrong
         outcome = simulation.run(steps_max=steps_max, look_at_all_each=0 if size == "small" else 100)
         for process in simulation.world.processes:
             process.close()
         return outcome
     finally:
+        alarms.close()
         if collects:
             gc.enable()
         logging.disable(disabled)
+
+
+class _Alarms(logging.Handler):
+    """What the product logs with an exception is wrong: nothing here may go wrong in an unknown way."""
+
+    _LOGGERS = ("behest_ledger", "behest_proxy")
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.wrong: list[str] = []
+        for name in self._LOGGERS:
+            logging.getLogger(name).addHandler(self)
+            logging.getLogger(name).propagate = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info and record.exc_info[1] is not None:
+            self.wrong.append(f"logged: {record.getMessage()}: {record.exc_info[1]!r}")
+
+    def close(self) -> None:
+        for name in self._LOGGERS:
+            logging.getLogger(name).removeHandler(self)
+            logging.getLogger(name).propagate = True
+        super().close()

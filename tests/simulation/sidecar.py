@@ -129,7 +129,9 @@ class SimulatedGateway(Gateway):
         self.writer = parts.writer(self._settle, on_settled=self._on_settled)
         self.live = Ordered()
         self.memory = parts.memory(disk, process)
-        self.draining = False
+        self.signing_keys: Any = None
+        self.mounted: Any = _Nothing()
+        self.draining = self.leaving = False
         self.is_serving = False
         self._poll_task = self._memory_task = self._holder_task = None
         self._tasks = Ordered()
@@ -249,5 +251,7 @@ class _Configuration:
 
 class _Nothing:
     def clear(self) -> None: ...
+
+    async def reread(self, *_: object) -> None: ...
 
     async def aclose(self) -> None: ...
