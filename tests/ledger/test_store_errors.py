@@ -1,5 +1,7 @@
 import asyncio
+import json
 from typing import Any
+from uuid import UUID
 
 import asyncpg
 import pytest
@@ -66,11 +68,12 @@ class Conflicts:
         self.conflicts = conflicts
         self.calls = 0
 
-    async def fetchval(self, *_: Any) -> str:
+    async def fetch(self, _query: str, _holder: UUID, items: str) -> list[dict[str, Any]]:
         self.calls += 1
         if self.calls <= self.conflicts:
             raise asyncpg.DeadlockDetectedError("deadlock")
-        return '{"verdict": "void"}'
+        ids = [UUID(item["request_id"]) for item in json.loads(items)]
+        return [{"request_id": request_id, "answer": '{"verdict": "void"}'} for request_id in ids]
 
 
 def test_an_admission_in_conflict_is_asked_again_but_not_for_ever() -> None:
