@@ -1,5 +1,6 @@
 """Leases of the ledger in memory: what `0009_leases.sql` does with slices of windows that are one holder's own."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 from uuid import UUID
@@ -22,7 +23,7 @@ class Lease:
         self.seq = 0
 
 
-class LeasedWindows(Windows):
+class LeasedWindows(Windows, ABC):
     """Windows with the leases on them."""
 
     def __init__(self, clock_s: Callable[[], float]) -> None:
@@ -30,13 +31,13 @@ class LeasedWindows(Windows):
         self.leases: dict[int, dict[UUID, Lease]] = {}
         """By window and holder."""
 
+    @abstractmethod
     def may_lease(self, holder_id: UUID) -> bool:
         """Whether a holder is believed to live."""
-        raise NotImplementedError
 
+    @abstractmethod
     def is_fenced(self, holder_id: UUID) -> bool:
         """Whether a holder was fenced."""
-        raise NotImplementedError
 
     def lease_of(self, window_id: int, holder_id: UUID | None) -> Lease | None:
         """The lease that a holder has of a window."""

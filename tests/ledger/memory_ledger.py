@@ -4,6 +4,7 @@ For tests that need thousands of ledgers, or a clock of their own. `test_store_h
 this and to PostgreSQL and compares every answer, balance and posting. One call is one statement: nothing comes between.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 from uuid import UUID
@@ -69,9 +70,9 @@ class MoneyLedger(LeasedWindows):
         self.ended: list[Key] = []
         """What ended, in that order."""
 
+    @abstractmethod
     def holder_may_admit(self, holder_id: UUID) -> bool:
         """Whether a holder may be given money."""
-        raise NotImplementedError
 
     # --- admission ---------------------------------------------------------------------------------------------
 
@@ -214,6 +215,8 @@ class MoneyLedger(LeasedWindows):
             return VOID
         if seq <= hold.last_seq:
             return hold.extension or hold.answer or VOID
+        if hold.holder_id is not None and self.is_fenced(hold.holder_id):
+            return VOID  # a reap of many has not come to it yet
         refused, granted = self._more(tenant, hold, need, want, shares, leased)
         answer = refused
         if answer is None:
@@ -297,9 +300,9 @@ class MoneyLedger(LeasedWindows):
             for item in items
         ]
 
+    @abstractmethod
     def correct(self, key: Key, item: dict[str, Any]) -> None:
         """A settlement that comes after its hold was charged by policy."""
-        raise NotImplementedError
 
     def _move(self, todo: dict[Key, dict[str, Any]]) -> None:
         """Per window: from the hold, from the window's room in the order of the ids, beyond it."""

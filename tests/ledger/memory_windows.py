@@ -208,7 +208,7 @@ def _bounds(budget: dict[str, Any], now_s: float) -> tuple[float, float | None]:
     if period == "lifetime":
         return now_s, None
     if budget["time_zone"] != "UTC":
-        raise NotImplementedError("only UTC")
+        raise ValueError("only UTC is known here")
     span_s = _SPANS[period].total_seconds()
     starts_s = now_s if rolling else now_s // span_s * span_s
     return starts_s, starts_s + span_s

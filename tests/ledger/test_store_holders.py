@@ -84,6 +84,20 @@ def test_nobody_is_dead_who_could_not_renew_for_one_ttl_since_the_keeper_looks(d
     keep_books(dsn, work)
 
 
+def test_who_is_fenced_gets_no_more_also_for_what_the_reap_has_not_come_to(dsn: str) -> None:
+    async def work(books: Books) -> None:
+        await books.budget("money", 100_000)
+        sidecar = await Sidecar.start(books)
+        first, second = await sidecar.admitted(), await sidecar.admitted()
+        await sidecar.die()
+        assert await reap(books, limit=1) == 1
+        left = first if await state(books, first) == "open" else second
+        assert await state(books, left) == "open"
+        assert await books.extend(left, 1, need=1) == Gone()
+
+    keep_books(dsn, work)
+
+
 def test_a_clean_end_needs_nothing_open(dsn: str) -> None:
     async def work(books: Books) -> None:
         sidecar = await Sidecar.start(books)

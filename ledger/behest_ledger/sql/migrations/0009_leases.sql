@@ -400,6 +400,8 @@ BEGIN
         RETURN '{"verdict": "void"}';
     ELSIF p_seq <= v_hold.last_seq THEN
         RETURN coalesce(v_hold.extension, v_hold.answer);
+    ELSIF EXISTS (SELECT FROM ledger.holder o WHERE o.holder_id = v_hold.holder_id AND o.fenced_at IS NOT NULL) THEN
+        RETURN '{"verdict": "void"}';           -- a reap of many has not come to it yet
     END IF;
 
     IF EXISTS (SELECT FROM ledger.project p
