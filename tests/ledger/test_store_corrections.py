@@ -13,7 +13,8 @@ from behest_ledger.corrections import Correction, CorrectionsRefusedError
 from behest_ledger.store import corrections
 from behest_ledger.store.corrections import Corrected, correct
 from behest_ledger.store.pool import connect
-from behest_ledger.store.reports import top, usage_by_model_and_session
+from behest_ledger.store.reports import top
+from behest_ledger.store.usage import usage_by_model_and_session
 from ledger.books import TENANT, Books, granted, keep_books, new_id, settlement
 from ledger.sealing import seal_all
 from ledger.sidecars import Sidecar, charge, reap, state

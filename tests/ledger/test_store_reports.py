@@ -6,11 +6,9 @@ from behest_ledger.store.configuration import read_budgets
 from behest_ledger.store.reports import (
     BudgetState,
     TopRow,
-    UsageTotal,
     budget_status,
     budgets_of,
     top,
-    usage_by_model_and_session,
 )
 from ledger.books import WHO, Books, granted, keep_books, settlement
 
@@ -66,40 +64,6 @@ def test_top_shows_a_request_without_a_session_or_a_user(dsn: str) -> None:
         await books.admit(session=None, user=None)
         (row,) = await top(books.connection, since=LONG_AGO)
         assert (row.user_id, row.session_id, row.live) == ("", "", 1)
-
-    keep_books(dsn, work)
-
-
-def test_usage_is_summed_by_model_session_and_whose_key_paid(dsn: str) -> None:
-    async def work(books: Books) -> None:
-        await spend(books, 5)
-        await spend(books, 6)
-        await spend(books, 7, user="bob")
-        await spend(books, 8, byok=True)
-        await spend(books, 9, project="demo/other")
-
-        async def usage(user_id: str | None = None, **between: datetime) -> list[UsageTotal]:
-            times: dict[str, Any] = {"begin": LONG_AGO, "end": FAR_AHEAD, **between}
-            found = await usage_by_model_and_session(
-                books.connection, tenant_id="acme", project_id="demo/shop", user_id=user_id, **times
-            )
-            return sorted(found, key=lambda one: one.amount_pico)
-
-        own = UsageTotal(
-            model="small", session_id="s1", byok=True, requests=1, input_tokens=1, output_tokens=8, amount_pico=83
-        )
-        assert await usage() == [
-            own,
-            UsageTotal(model="small", session_id="s1", byok=False, requests=3, input_tokens=3, output_tokens=18,
-                       amount_pico=189),
-        ]  # fmt: skip
-        assert [(one.byok, one.requests) for one in await usage("ann")] == [(True, 1), (False, 2)]
-        assert await usage("eve") == []
-        # The begin is in, the end is out.
-        first, last = await books.connection.fetchrow(
-            "SELECT min(ended_at), max(ended_at) FROM ledger.request WHERE project_id = 'demo/shop'"
-        )
-        assert sum(one.requests for one in await usage(begin=first, end=last)) == 3
 
     keep_books(dsn, work)
 

@@ -70,43 +70,6 @@ async def top(connection: Connection, *, since: datetime, limit: int = 20) -> li
     return [msgspec.convert(dict(row), TopRow, strict=False) for row in rows]
 
 
-class UsageTotal(msgspec.Struct, frozen=True, kw_only=True):
-    """Sums over some requests of a project."""
-
-    model: str
-    session_id: str
-    byok: bool
-    requests: int
-    input_tokens: int
-    output_tokens: int
-    amount_pico: int
-
-
-async def usage_by_model_and_session(
-    connection: Connection, *, tenant_id: str, project_id: str, begin: datetime, end: datetime, user_id: str | None
-) -> list[UsageTotal]:
-    """The project's requests that ended in [begin, end), by model, session and whose key paid.
-
-    `user_id` None means all users. Raises `LedgerUnavailableError`.
-    """
-    with mapped():
-        rows = await connection.fetch(
-            """
-            SELECT model, session_id, byok, count(*) AS requests, sum(input_tokens)::bigint AS input_tokens,
-                   sum(output_tokens)::bigint AS output_tokens, sum(amount_pico)::text AS amount_pico
-            FROM ledger.request_now
-            WHERE tenant_id = $1 AND project_id = $2 AND ended_at >= $3 AND ended_at < $4
-              AND ($5::text IS NULL OR user_id = $5)
-            GROUP BY 1, 2, 3""",
-            tenant_id,
-            project_id,
-            begin,
-            end,
-            user_id,
-        )
-    return [msgspec.convert(dict(row), UsageTotal, strict=False) for row in rows]
-
-
 class BudgetState(msgspec.Struct, frozen=True, kw_only=True):
     """One budget that applies to somebody, with its balances in its unit."""
 

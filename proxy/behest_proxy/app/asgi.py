@@ -10,6 +10,7 @@ from behest_proxy.app.border import Border
 from behest_proxy.app.chat import ChatCompletions
 from behest_proxy.app.endpoints import Endpoints
 from behest_proxy.app.gateway import Gateway
+from behest_proxy.app.usage import Usage
 
 
 def client_app(gateway: Gateway, *, by_pod: bool = False) -> Any:
@@ -18,6 +19,7 @@ def client_app(gateway: Gateway, *, by_pod: bool = False) -> Any:
     `by_pod`: on the pod's own loopback, where the workload needs no token.
     """
     endpoints = Endpoints(gateway)
+    usage = Usage(gateway)
     app = Router(
         routes=[
             Route("/v1/chat/completions", ChatCompletions(gateway), methods=["POST"]),
@@ -26,7 +28,8 @@ def client_app(gateway: Gateway, *, by_pod: bool = False) -> Any:
             Route("/.well-known/jwks.json", endpoints.jwks, methods=["GET"]),
             Route("/v1/models", endpoints.models, methods=["GET"]),
             Route("/v1/budgets", endpoints.budgets, methods=["GET"]),
-            Route("/v1/billing/usage", endpoints.billing_usage, methods=["GET"]),
+            Route("/v1/usage", usage.usage, methods=["GET"]),
+            Route("/v1/billing/usage", usage.billing_usage, methods=["GET"]),
         ],
         redirect_slashes=False,
     )

@@ -3,9 +3,22 @@
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+from starlette.responses import Response
+
 from behest_proxy.errors import InvalidRequest, RequestTooLarge, ShownError
 
 JSON = (b"content-type", b"application/json")
+
+
+def json_response(content: Any) -> Response:
+    """A whole answer in JSON."""
+    return Response(msgspec.json.encode(content), media_type="application/json")
+
+
+def exact_number(text: str) -> msgspec.Raw:
+    """A decimal as a JSON number with every digit: a float would round it."""
+    return msgspec.Raw(text.encode())
 
 
 class ClientLeftError(Exception):
