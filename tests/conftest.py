@@ -120,7 +120,9 @@ def stack(template: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     name = f"behest_stack_{os.getpid()}"
     asyncio.run(execute(template.dsn, f"CREATE DATABASE {name} TEMPLATE {_TEMPLATE}"))
     streams = Path(__file__).parent / "proxy" / "streams"
-    with running_stack(template.of(name), tmp_path_factory.mktemp("stack"), recordings=streams) as running:
+    with running_stack(
+        template.of(name), tmp_path_factory.mktemp("stack"), recordings=streams, BEHEST_HOST_SUFFIX="behest.test"
+    ) as running:
         yield running
         assert running.verify().findings == []
     asyncio.run(execute(template.dsn, f"DROP DATABASE {name} WITH (FORCE)"))

@@ -87,7 +87,7 @@ _MORE: dict[str, Schema] = {
     "Project.trustedIssuers[].jwksURL": {"pattern": r"^https?://[^\s/?#@\\]+(/[^\s#\\]*)?$", "maxLength": 2048},
     "Project.trustedIssuers[].audience": {"minLength": 1, "maxLength": 2048},
     "Project.signingKeys": _keyed_by("kid"),
-    "Project.signingKeys[].kid": {"pattern": "^[!-~]+$", "maxLength": 255},
+    "Project.signingKeys[].kid": {"pattern": "^[A-Za-z0-9_-][A-Za-z0-9_.:~-]*$", "maxLength": 128},
     "Project.signingKeys[].publicKey": {
         "pattern": r"^\s*-----BEGIN (RSA )?PUBLIC KEY-----[A-Za-z0-9+/=\s]+-----END (RSA )?PUBLIC KEY-----\s*$",
         "maxLength": TEXT_LENGTH_MAX,

@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
 from behest_ledger.store.identity import SigningKeyRecord
 from behest_proxy.identity.keys import (
     KeySet,
+    RegisteredKey,
     SigningKey,
     UnusableKeyError,
     is_kid,
@@ -185,3 +186,49 @@ def test_no_representation_shows_a_secret() -> None:
 def test_claims_keep_their_order() -> None:
     payload = RSA.sign({"z": 1, "a": 2, "m": 3}).split(".")[1]
     assert base64.urlsafe_b64decode(payload + "==") == b'{"z":1,"a":2,"m":3}'
+
+
+def registered(key: SigningKey, tenant_id: str, kid: str = "backend") -> RegisteredKey:
+    return RegisteredKey(tenant_id=tenant_id, kid=kid, public_pem=key.public_pem())
+
+
+def test_two_tenants_may_have_the_same_kid_for_keys_of_their_own() -> None:
+    keys = KeySet.from_records([], [registered(RSA, "acme"), registered(EC, "zeta")])
+    one, other = keys.get("backend", "acme"), keys.get("backend", "zeta")
+    assert one is not None
+    assert other is not None
+    assert (one.public_key, other.public_key) == (RSA.public_key, EC.public_key)
+    assert (one.kind, one.tenant_id, other.tenant_id) == ("tenant", "acme", "zeta")
+    assert (keys.get("backend"), keys.get("backend", "third"), keys.get("backend", ["acme"])) == (None, None, None)
+    assert keys.refused == {}
+
+
+def test_a_tenant_that_registers_our_kid_takes_nothing_from_anybody() -> None:
+    keys = KeySet.from_records([record(RSA)], [registered(EC, "acme", kid=RSA.kid)])
+    for tenant_id in (None, "acme", "zeta"):
+        found = keys.get(RSA.kid, tenant_id)
+        assert found is not None
+        assert (found.kind, found.public_key) == ("own", RSA.public_key)
+    assert EC.kid not in keys.jwks().decode()
+
+
+def test_two_projects_of_a_tenant_may_register_one_key_but_not_two_under_one_kid() -> None:
+    assert len(KeySet.from_records([], [registered(RSA, "acme"), registered(RSA, "acme")])) == 1
+    keys = KeySet.from_records([], [registered(RSA, "acme"), registered(EC, "acme"), registered(RSA, "zeta")])
+    assert keys.get("backend", "acme") is None
+    assert keys.get("backend", "zeta") is not None
+    assert keys.refused == {"backend": "its kid is used twice"}
+
+
+def test_a_kid_revoked_for_a_tenant_does_not_come_back_by_its_configuration() -> None:
+    revoked = record(RSA, kid="backend", kind="tenant", tenant_id="acme", state="revoked")
+    keys = KeySet.from_records([revoked], [registered(RSA, "acme"), registered(RSA, "zeta")])
+    assert keys.get("backend", "acme") is None
+    assert keys.get("backend", "zeta") is not None
+
+
+def test_a_registered_key_that_cannot_be_used_is_named_and_harms_no_other() -> None:
+    damaged = RegisteredKey(tenant_id="acme", kid="damaged", public_pem="-----BEGIN PUBLIC KEY-----\n")
+    keys = KeySet.from_records([], [damaged, registered(RSA, "acme"), registered(RSA, "acme", kid="../x")])
+    assert set(keys.refused) == {"damaged", "../x"}
+    assert len(keys) == 1

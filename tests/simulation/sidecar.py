@@ -167,7 +167,7 @@ class SimulatedGateway(Gateway):
         self.configuration.version = version
         self._heard()
         for conduct in list(self.live):
-            self._stop_suspended(conduct, suspended)
+            self._stop_suspended(conduct, next((suspended[w] for w in conduct.windows if w in suspended), None))
         self.desk.limits_changed()
 
     def serve(self, asked: Asked) -> None:

@@ -148,6 +148,14 @@ def split_url(url: str) -> SplitResult | None:
     return parts
 
 
+def address_of(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The IP address that a URL's host is; None: it is a name."""
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError:
+        return None
+
+
 def is_host(host: str | None) -> bool:
     """Whether this is a host name or an IP address."""
     if not host:

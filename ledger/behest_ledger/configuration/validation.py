@@ -32,8 +32,8 @@ from behest_ledger.configuration.rules import (
     DNS_SUBDOMAIN,
     NAME_LENGTH_MAX,
     TEXT_LENGTH_MAX,
-    VISIBLE,
     absolute_url,
+    address_of,
     dns_name,
     few,
     glob,
@@ -56,7 +56,10 @@ CONCURRENCY_MAX = 100_000
 TIER_NUMBER_MAX = 1000
 SECONDS_MAX = 3600
 ALERT_THRESHOLDS_MAX = 10
+ISSUER_CLAIMS = ("uid", "sid", "tier", "pid")
+"""What of an external issuer's token may be taken over; never a role."""
 
+_KID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.:~-]{0,127}")
 _DECIMAL = re.compile(r"[0-9]{1,12}(\.[0-9]{1,12})?")
 _RATE = re.compile(r"[0-9]{1,9}(\.[0-9]{1,6})?")
 _ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
@@ -124,14 +127,21 @@ def _project(spec: ProjectSpec) -> Iterator[Problem]:
         path = f"spec.trustedIssuers[{index}]"
         yield from absolute_url(f"{path}.issuer", issuer.issuer)
         yield from absolute_url(f"{path}.jwksURL", issuer.jwks_url, query=True)
+        yield from _keys_url(f"{path}.jwksURL", issuer.jwks_url)
         if not issuer.audience:
             yield f"{path}.audience", "must not be empty: tokens meant for others would be accepted"
+        for ours in issuer.claims:
+            if ours not in ISSUER_CLAIMS:
+                yield f"{path}.claims", f"may name {', '.join(ISSUER_CLAIMS)}, not {shown(ours)}"
     yield from unique("spec.trustedIssuers", "issuer", [issuer.issuer for issuer in spec.trusted_issuers])
     yield from few("spec.signingKeys", spec.signing_keys)
     for index, key in enumerate(spec.signing_keys):
         path = f"spec.signingKeys[{index}]"
-        if len(key.kid) > 255 or not VISIBLE.fullmatch(key.kid):
-            yield f"{path}.kid", f"must be 1 to 255 visible ASCII characters, got {shown(key.kid)}"
+        if not _KID.fullmatch(key.kid):
+            yield (
+                f"{path}.kid",
+                f"must be 1 to 128 of A-Z a-z 0-9 _ - . : ~, the first none of the last three, got {shown(key.kid)}",
+            )
         if "PRIVATE KEY" in key.public_key:
             yield (
                 f"{path}.publicKey",
@@ -143,6 +153,21 @@ def _project(spec: ProjectSpec) -> Iterator[Problem]:
                 'must be a public key in PEM form, beginning "-----BEGIN PUBLIC KEY-----"',
             )
     yield from unique("spec.signingKeys", "kid", [key.kid for key in spec.signing_keys])
+
+
+def _keys_url(path: str, url: str) -> Iterator[Problem]:
+    """Who can answer for it decides who may sign: https, or this very machine; never an address of the network."""
+    parts = split_url(url)
+    if parts is None or not is_host(parts.hostname):
+        return
+    host = str(parts.hostname)
+    address = address_of(host)
+    if host == "localhost" or (address is not None and address.is_loopback):
+        return
+    if parts.scheme != "https":
+        yield path, "must be https, except on loopback"
+    if address is not None and not address.is_global:
+        yield path, "must not be an address of a private network: give the host's name"
 
 
 def _origin(path: str, origin: str) -> Iterator[Problem]:

@@ -126,3 +126,33 @@ async def suspended_windows(connection: Connection, windows: Collection[int]) ->
             list(windows),
         )
     return {row["window_id"]: row["budget_id"] for row in rows}
+
+
+_SUSPENDED_REQUESTS = """
+SELECT i.request_id, min(b.budget_id) AS budget_id
+FROM jsonb_to_recordset($1::text::jsonb) AS i(request_id uuid, tenant_id text, attributes jsonb)
+JOIN ledger.budget b ON b.tenant_id = i.tenant_id AND b.suspended AND b.deleted_at IS NULL
+    AND NOT EXISTS (SELECT FROM jsonb_each_text(b.scope) s
+                    WHERE coalesce(i.attributes ->> s.key, '') NOT LIKE s.value)
+    AND (b.workload_labels IS NULL OR i.attributes -> 'labels' @> b.workload_labels)
+GROUP BY i.request_id
+"""
+_ANY_SUSPENDED = "SELECT EXISTS (SELECT FROM ledger.budget b WHERE b.suspended AND b.deleted_at IS NULL)"
+
+
+async def suspended_requests(connection: Connection, admissions: Collection[Admission]) -> dict[UUID, str]:
+    """Of these live requests those that a suspended budget binds, with its name: also one that came after them.
+
+    Raises `LedgerUnavailableError`.
+    """
+    if not admissions:
+        return {}
+    with mapped():
+        if not await connection.fetchval(_ANY_SUSPENDED):
+            return {}
+        items = [
+            {"request_id": str(item.request_id), "tenant_id": item.tenant_id, "attributes": item.attributes}
+            for item in admissions
+        ]
+        rows = await connection.fetch(_SUSPENDED_REQUESTS, msgspec.json.encode(items).decode())
+    return {row["request_id"]: row["budget_id"] for row in rows}

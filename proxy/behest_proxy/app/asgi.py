@@ -33,7 +33,7 @@ def client_app(gateway: Gateway, *, by_pod: bool = False) -> Any:
         ],
         redirect_slashes=False,
     )
-    return Border(app, may_read=gateway.may_read, by_pod=by_pod)
+    return Border(app, may_read=gateway.may_read, door=None if by_pod else gateway.door)
 
 
 def admin_app(gateway: Gateway) -> Any:

@@ -7,7 +7,9 @@ from typing import Any
 from starlette.exceptions import HTTPException
 
 from behest_proxy.app.context import RequestContext
+from behest_proxy.app.door import Door
 from behest_proxy.app.messages import send_answer, send_error
+from behest_proxy.app.origins import project_allows
 from behest_proxy.errors import MethodNotAllowed, NotFound, ServerError, ShownError
 
 logger = logging.getLogger(__name__)
@@ -30,12 +32,12 @@ _NO_CORS = ("/v1/auth/mint", "/auth/v1/auth/mint")
 class Border:
     """Wraps an ASGI application."""
 
-    def __init__(self, app: Any, *, may_read: Callable[[str], bool], by_pod: bool = False) -> None:
+    def __init__(self, app: Any, *, may_read: Callable[[str], bool], door: Door | None = None) -> None:
         """`may_read` tells whether any project allows an origin; the endpoint narrows it to the caller's project.
 
-        `by_pod`: this border is on the pod's own loopback.
+        No door: this border is on the pod's own loopback.
         """
-        self._by_pod = by_pod
+        self._door = door
         self._app = app
         self._may_read = may_read
 
@@ -44,11 +46,14 @@ class Border:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        context = RequestContext(scope["headers"], by_pod=self._by_pod)
+        context = RequestContext(scope["headers"], by_pod=self._door is None)
         scope["behest"] = context
         scope["app"] = self  # with it the router raises what it cannot route, instead of answering itself
+        if self._door is not None:
+            context.host_project = self._door.project_at(context.host)
         if context.origin and scope["path"] not in _NO_CORS:
-            context.allow_origin = self._may_read(context.origin.decode("latin-1"))
+            origin, project = context.origin.decode("latin-1"), context.host_project
+            context.allow_origin = self._may_read(origin) if project is None else project_allows(project, origin)
         if scope["method"] == "OPTIONS":
             await self._preflight(scope, send, context)
             return

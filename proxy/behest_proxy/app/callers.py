@@ -29,7 +29,16 @@ def caller_of(
                 details={"reason": "unknown_project"},
             )
         return workload.caller(tenant_id)
-    return gateway.verifier.verify(bearer, now_s)
+    caller = gateway.verifier.verify(bearer, now_s)
+    check_host(context, caller.tenant_id, caller.project_id)
+    return caller
+
+
+def check_host(context: RequestContext, tenant_id: str, project_id: str) -> None:
+    """A project's own host is for its own tokens and API keys. Raises `Forbidden`."""
+    own = context.host_project
+    if own is not None and (own.tenant_id, own.project_id) != (tenant_id, project_id):
+        raise Forbidden("this host is another project's", details={"reason": "wrong_project"})
 
 
 def project_of(gateway: Gateway, caller: Caller, context: RequestContext) -> ProjectEntry:

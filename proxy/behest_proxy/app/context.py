@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any, cast
 from uuid import UUID
 
+from behest_ledger.configuration.snapshot import ProjectEntry
 from behest_ledger.request_id import request_id
 
 _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}.*")
@@ -18,7 +19,7 @@ EXPOSED_HEADERS = b"x-trace-id, x-request-id, retry-after, x-ratelimit-*, x-behe
 class RequestContext:
     """Made by the border, found by everybody else in the scope."""
 
-    __slots__ = ("allow_origin", "by_pod", "origin", "request_id", "trace_id")
+    __slots__ = ("allow_origin", "by_pod", "host", "host_project", "origin", "request_id", "trace_id")
 
     def __init__(self, headers: Iterable[tuple[bytes, bytes]], *, by_pod: bool = False) -> None:
         self.by_pod = by_pod
@@ -27,6 +28,9 @@ class RequestContext:
         """Ours, and also the id of the hold: never a provider's or a client's."""
         self.trace_id = b""
         self.origin = b""
+        self.host = b""
+        self.host_project: ProjectEntry | None = None
+        """The project whose slug the request's host is; only its tokens and API keys are good here."""
         self.allow_origin = False
         """Whether a script of that origin may read the answer."""
         for name, value in headers:
@@ -36,6 +40,8 @@ class RequestContext:
                     self.trace_id = match[1]
             elif name == b"origin":
                 self.origin = value
+            elif name == b"host":
+                self.host = value
         if not self.trace_id:
             self.trace_id = os.urandom(16).hex().encode()
 

@@ -13,7 +13,7 @@ from behest_ledger.configuration.status import shown_amount
 from behest_ledger.store import reports
 from behest_ledger.store.errors import LedgerError
 from behest_ledger.store.pool import asking
-from behest_proxy.app.callers import caller_of, project_of
+from behest_proxy.app.callers import caller_of, check_host, project_of
 from behest_proxy.app.context import context_of
 from behest_proxy.app.gateway import Gateway
 from behest_proxy.app.messages import ClientLeftError, json_response, read_body
@@ -36,6 +36,7 @@ class Endpoints:
         headers = request.scope["headers"]
         api_key = bearer_of([value for name, value in headers if name == b"authorization"])
         record = await self._gateway.api_keys.verify(api_key)
+        check_host(context_of(request.scope), record.tenant_id, record.project_id)
         try:
             body = await read_body(request.receive, headers, bytes_max=BODY_BYTES_MAX)
         except ClientLeftError:

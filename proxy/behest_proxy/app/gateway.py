@@ -7,7 +7,7 @@ serves. Nothing here knows HTTP.
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import UTC, datetime
 from uuid import UUID
 
@@ -29,6 +29,7 @@ from behest_ledger.store.pool import Connection, asking, open_pool
 from behest_ledger.store.prices import load_current_book, next_change
 from behest_ledger.store.writer import SettlementWriter
 from behest_proxy.app.conduct import Conduct
+from behest_proxy.app.door import Door
 from behest_proxy.app.holder import Holder
 from behest_proxy.app.leasing import Leasing
 from behest_proxy.app.memory import Memory
@@ -40,7 +41,7 @@ from behest_proxy.app.signing import SigningKeys
 from behest_proxy.errors import Draining, LedgerUnavailable
 from behest_proxy.holding import METERED_SHARES
 from behest_proxy.identity.api_keys import ApiKeyVerifier
-from behest_proxy.identity.keys import KeySet
+from behest_proxy.identity.keys import KeySet, RegisteredKey
 from behest_proxy.identity.tokens import ISSUERS, TokenVerifier
 from behest_proxy.refusals import shown
 from behest_proxy.tokens import warm
@@ -76,6 +77,7 @@ class Gateway:
             [*ISSUERS, settings.issuer],
             project_belongs=lambda tenant, project: self.configuration.project(tenant, project) is not None,
         )
+        self.door = Door(host_suffix=settings.host_suffix)
         self.api_keys = ApiKeyVerifier(self._find_api_key)
         self.pool: Connection = None
         self.book: PriceBook | None = None
@@ -300,23 +302,26 @@ class Gateway:
             self._prices_change = await next_change(connection, now)
             keys = await identity.load_signing_keys(connection)
             sealed = await provider_keys.load_keys(connection, None)
-            suspended = await holds.suspended_windows(connection, {w for c in self.live for w in c.windows})
+            suspended = await holds.suspended_requests(connection, [conduct.admission for conduct in self.live])
         for problem in configuration.problems:
             logger.warning("left out of the configuration: %s", problem)
         self.configuration = configuration
-        self.verifier.use_keys(KeySet.from_records(keys))
+        self.door.use(configuration.projects.values())
+        key_set = KeySet.from_records(keys, _registered_keys(configuration))
+        if self.verifier.use_keys(key_set):
+            for kid, reason in key_set.refused.items():
+                logger.warning("the signing key %s is not believed: %s", kid, reason)
         self.provider_keys.use(sealed)
         self.api_keys.clear()
         self._heard()
         for conduct in list(self.live):
-            self._stop_suspended(conduct, suspended)
+            self._stop_suspended(conduct, suspended.get(conduct.admission.request_id))
         self.desk.limits_changed()
 
-    def _stop_suspended(self, conduct: Conduct, suspended: Mapping[int, str]) -> None:
-        """The kill switch: what is suspended ends, also in the middle."""
+    def _stop_suspended(self, conduct: Conduct, budget: str | None) -> None:
+        """The kill switch: what is suspended ends, also in the middle. `budget`: one that is, and binds it."""
         project_id = conduct.admission.attributes["project"]
         project = self.configuration.project(conduct.admission.tenant_id, project_id)
-        budget = next((suspended[window] for window in conduct.windows if window in suspended), None)
         if project is None or project.suspended:
             refusal = Refused(reason="suspended", what="project", name=project_id)
         elif budget is not None:
@@ -324,6 +329,13 @@ class Gateway:
         else:
             return
         conduct.stop(Outcome.KILLED, shown(refusal))
+
+
+def _registered_keys(configuration: Configuration) -> Iterator[RegisteredKey]:
+    """The public keys with which tenants sign locally."""
+    for project in configuration.projects.values():
+        for key in project.spec.signing_keys:
+            yield RegisteredKey(tenant_id=project.tenant_id, kid=key.kid, public_pem=key.public_key)
 
 
 def _key_of_tenant(settings: Settings) -> KeyOfTenant | None:

@@ -49,6 +49,9 @@ class Settings:
     """Certificate chain, PEM. With `tls_key_file` clients connect by TLS."""
     tls_key_file: Path | None = None
     """The certificate's private key, PEM."""
+    host_suffix: str = ""
+    """Such as `example.com`: requests to `<slug>.example.com` are for the project with that slug, and no other's token
+    or API key is good there. Other hosts leave the project to the token."""
     issuer: str = "behest"
     """`iss` of minted tokens; tokens of this issuer are accepted too."""
     journal_dir: Path | None = None

@@ -1,6 +1,7 @@
 """Keys that sign tokens and keys that verify them; what the world may see of them as a JWK set."""
 
 import base64
+import functools
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
@@ -19,6 +20,7 @@ __all__ = [
     "KeyKind",
     "KeySet",
     "PublicKey",
+    "RegisteredKey",
     "SigningKey",
     "UnusableKeyError",
     "VerificationKey",
@@ -41,6 +43,9 @@ RSA_BITS_MAX = 8192
 PEM_BYTES_MAX = 16 * 1024
 
 _KID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.:~-]{0,127}")
+_BAD_KID = "its kid is not 1-128 of the characters A-Z a-z 0-9 _ - . : ~, the first none of the last three"
+_LOADED_MAX = 4096
+"""Public keys that are kept parsed: the configuration is read again whenever anything in it changes."""
 
 
 class UnusableKeyError(ValueError):
@@ -59,12 +64,20 @@ class VerificationKey(msgspec.Struct, frozen=True, kw_only=True):
     public_key: PublicKey
 
     @staticmethod
+    def of_tenant(kid: str, *, tenant_id: str, public_pem: str) -> "VerificationKey":
+        """A key that a tenant registered. Raises `UnusableKeyError` saying what is wrong with it."""
+        if not is_kid(kid):
+            raise UnusableKeyError(_BAD_KID)
+        public_key = load_public_key(public_pem.encode("utf-8", "replace"))
+        return VerificationKey(
+            kid=kid, tenant_id=tenant_id, kind="tenant", algorithm=algorithm_of(public_key), public_key=public_key
+        )
+
+    @staticmethod
     def from_record(record: SigningKeyRecord) -> "VerificationKey":
         """The key of a stored row. Raises `UnusableKeyError` saying what is wrong with the row."""
         if not is_kid(record.kid):
-            raise UnusableKeyError(
-                "its kid is not 1-128 of the characters A-Z a-z 0-9 _ - . : ~, the first none of the last three"
-            )
+            raise UnusableKeyError(_BAD_KID)
         if record.kind not in ("own", "tenant"):
             raise UnusableKeyError("its kind is neither own nor tenant")
         if record.kind == "tenant" and not record.tenant_id:
@@ -82,45 +95,76 @@ class VerificationKey(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
+class RegisteredKey(msgspec.Struct, frozen=True, kw_only=True):
+    """A public key that a tenant's configuration names, not looked at yet."""
+
+    tenant_id: str
+    kid: str
+    public_pem: str
+
+    def verification_key(self) -> VerificationKey:
+        """Raises `UnusableKeyError`."""
+        return VerificationKey.of_tenant(self.kid, tenant_id=self.tenant_id, public_pem=self.public_pem)
+
+
+_Place = tuple[str | None, str]
+"""Whose a kid is, None for our own, and the kid."""
+
+
 class KeySet:
-    """The keys believed at one moment, by kid. Immutable: a change of keys is another key set."""
+    """The keys believed at one moment. Immutable: a change of keys is another key set.
+
+    A kid of our own is one key. A tenant's kid is that tenant's: two tenants may have the same one, and neither
+    hears of the other's.
+    """
 
     __slots__ = ("_jwks", "_keys", "_refused")
 
     def __init__(self, keys: Iterable[VerificationKey] = (), *, refused: Mapping[str, str] | None = None) -> None:
-        by_kid: dict[str, VerificationKey] = {}
+        by_place: dict[_Place, VerificationKey] = {}
         for key in keys:
-            if not is_kid(key.kid) or key.kid in by_kid:
+            place = _place(key)
+            if not is_kid(key.kid) or place in by_place:
                 raise UnusableKeyError("every key needs a kid of its own")
-            by_kid[key.kid] = key
-        self._keys = MappingProxyType(by_kid)
+            by_place[place] = key
+        self._keys = MappingProxyType(by_place)
         self._refused = MappingProxyType(dict(refused or {}))
-        own = [_jwk(key) for key in by_kid.values() if key.kind == "own"]
+        own = [_jwk(key) for key in by_place.values() if key.kind == "own"]
         self._jwks = msgspec.json.encode({"keys": own})
 
     @staticmethod
-    def from_records(records: Iterable[SigningKeyRecord]) -> "KeySet":
-        """The key set of stored rows, without revoked ones.
+    def from_records(records: Iterable[SigningKeyRecord], registered: Iterable[RegisteredKey] = ()) -> "KeySet":
+        """The key set of stored rows, without revoked ones, and of what the tenants' configuration registers.
 
-        A row that cannot be used is left out and named in `refused`: one tenant's damaged key must not take
-        everybody's away.
+        What cannot be used is left out and named in `refused`: one tenant's damaged key must not take
+        everybody's away. A kid that was revoked for a tenant stays so, whatever its configuration says.
         """
-        keys: dict[str, VerificationKey] = {}
+        keys: dict[_Place, VerificationKey] = {}
         refused: dict[str, str] = {}
+        spoiled: set[_Place] = set()
+        given: list[SigningKeyRecord | RegisteredKey] = []
         for record in records:
-            if record.state not in ("current", "previous"):
-                continue
+            if record.state in ("current", "previous"):
+                given.append(record)
+            elif record.kind == "tenant":
+                spoiled.add((record.tenant_id, record.kid))
+        for one in [*given, *registered]:
             try:
-                key = VerificationKey.from_record(record)
+                key = one.verification_key() if isinstance(one, RegisteredKey) else VerificationKey.from_record(one)
             except UnusableKeyError as error:
-                refused[record.kid] = str(error)
+                refused[one.kid] = str(error)
                 continue
-            # Two rows under one kid cannot be told apart by a token: neither is believed.
-            if key.kid in keys or key.kid in refused:
-                keys.pop(key.kid, None)
-                refused[key.kid] = "its kid is used twice"
-            else:
-                keys[key.kid] = key
+            place = _place(key)
+            known = keys.get(place)
+            if place in spoiled or known == key:
+                continue
+            if known is None:
+                keys[place] = key
+                continue
+            # Two keys under one kid cannot be told apart by a token: neither is believed.
+            del keys[place]
+            spoiled.add(place)
+            refused[key.kid] = "its kid is used twice"
         return KeySet(keys.values(), refused=refused)
 
     @property
@@ -128,9 +172,10 @@ class KeySet:
         """Rows that were left out: kid to reason, to be logged."""
         return self._refused
 
-    def get(self, kid: str) -> VerificationKey | None:
-        """The key with this kid."""
-        return self._keys.get(kid)
+    def get(self, kid: str, tenant_id: object = None) -> VerificationKey | None:
+        """Our own key with this kid, else the one of the tenant in whose name a token says that it speaks."""
+        own = self._keys.get((None, kid))
+        return own or self._keys.get((tenant_id, kid)) if isinstance(tenant_id, str) else own
 
     def jwks(self) -> bytes:
         """The body of `/.well-known/jwks.json` (RFC 7517): public members of our own keys only."""
@@ -145,7 +190,7 @@ class KeySet:
     __hash__ = None  # type: ignore[assignment]  # public keys have none
 
     def __repr__(self) -> str:
-        return f"KeySet({sorted(self._keys)})"
+        return f"KeySet({sorted(key.kid for key in self._keys.values())})"
 
 
 class SigningKey:
@@ -161,9 +206,7 @@ class SigningKey:
         self.tenant_id = tenant_id
         """The only tenant in whose name it signs; None means every tenant."""
         if not is_kid(self.kid):
-            raise UnusableKeyError(
-                "the kid is not 1-128 of the characters A-Z a-z 0-9 _ - . : ~, the first none of the last three"
-            )
+            raise UnusableKeyError(_BAD_KID)
 
     @staticmethod
     def generate(*, tenant_id: str | None = None) -> "SigningKey":
@@ -223,6 +266,7 @@ def is_kid(text: str) -> bool:
     return _KID.fullmatch(text) is not None
 
 
+@functools.lru_cache(maxsize=_LOADED_MAX)
 def load_public_key(pem: bytes) -> PublicKey:
     """The public key in a PEM. Raises `UnusableKeyError` for anything but RSA, EC P-256 or Ed25519."""
     if len(pem) > PEM_BYTES_MAX:
@@ -258,6 +302,10 @@ def thumbprint(public_key: PublicKey) -> str:
     # msgspec writes no white space and keeps the order, which is what RFC 7638 section 3 asks for.
     canonical = msgspec.json.encode(_required_members(public_key))
     return _base64url(hashlib.sha256(canonical).digest())
+
+
+def _place(key: VerificationKey) -> _Place:
+    return (None if key.kind == "own" else key.tenant_id, key.kid)
 
 
 def _jwk(key: VerificationKey) -> dict[str, str]:

@@ -143,15 +143,18 @@ class TokenVerifier:
         match = _PARTS.fullmatch(token)
         if match is None:
             raise InvalidToken("The token is not a JWT.")
-        key = self._key_of(_json_object(match[1], "header"))
+        header = _json_object(match[1], "header")
+        # Whose key it is depends on whom the token speaks for; nothing else of it is believed before the signature.
+        claims = _json_object(match[2], "payload")
+        key = self._key_of(header, claims.get("tid"))
         # PyJWT's algorithm objects take the key as it is: neither the header's alg nor anything else in the
         # token has a say in how it is verified.
         algorithm = jwt.get_algorithm_by_name(key.algorithm)
         if not algorithm.verify(data[: match.end(2)], key.public_key, _decoded(match[3], "signature")):
             raise InvalidToken("The token's signature is wrong.")
-        return self._verified(_json_object(match[2], "payload"), key)
+        return self._verified(claims, key)
 
-    def _key_of(self, header: dict[str, Any]) -> VerificationKey:
+    def _key_of(self, header: dict[str, Any], tenant_id: object) -> VerificationKey:
         # RFC 7515 section 4.1.11: who does not understand a critical extension must refuse; we know none.
         if "crit" in header:
             raise InvalidToken("The token's header has critical extensions (crit) that are not understood.")
@@ -160,7 +163,7 @@ class TokenVerifier:
             raise InvalidToken("The token's header names no key (kid).")
         if not is_kid(kid):
             raise InvalidToken("The token's kid is not one that a key can have.")
-        key = self._keys.get(kid)
+        key = self._keys.get(kid, tenant_id)
         if key is None:
             raise InvalidToken("The token's kid names no key that is valid here: unknown or revoked.")
         if header.get("alg") != key.algorithm:

@@ -1,0 +1,189 @@
+"""Who may call, with everything real: keys that tenants register, hosts that name projects, what is suspended."""
+
+import textwrap
+import time
+from typing import Any
+
+import httpx
+import jwt
+import pytest
+
+from behest_ledger.store.configuration import apply_text
+from behest_proxy.identity.keys import SigningKey
+from stack import Project, Stack, wait_until
+
+BACKEND = SigningKey.generate()
+OTHER = SigningKey.generate()
+
+
+def with_keys(project: Project, keys: dict[str, SigningKey], more: str = "") -> str:
+    """The project's manifest with these keys of its tenant's backend."""
+    listed = "".join(
+        f"  - kid: {kid}\n    publicKey: |\n{textwrap.indent(key.public_pem(), ' ' * 6)}" for kid, key in keys.items()
+    )
+    return f"""
+apiVersion: behest.ai/v1alpha1
+kind: Project
+metadata: {{name: app, namespace: {project.namespace}}}
+spec:
+  tenant: {project.namespace}
+  defaultModel: gpt-4o-mini
+{more}
+  signingKeys: {"" if keys else "[]"}
+{listed}"""
+
+
+def locally_signed(project: Project, *, key: SigningKey = BACKEND, kid: str = "backend", **changes: Any) -> str:
+    """What a tenant's backend signs with PyJWT alone. A change to None takes a claim away."""
+    now_s = int(time.time())
+    claims = {
+        "tid": project.namespace,
+        "pid": project.project_id,
+        "uid": "u1",
+        "role": "admin",
+        "scp": ["everything"],
+        "iss": "https://api.behest.ai",
+        "aud": "behest",
+        "iat": now_s,
+        "nbf": now_s,
+        "exp": now_s + 600,
+        "jti": "t1",
+        "sid": "s1",
+        **changes,
+    }
+    given = {name: value for name, value in claims.items() if value is not None}
+    return jwt.encode(given, key.private_pem(), algorithm="RS256", headers={"kid": kid})
+
+
+def answer_to(stack: Stack, token: str, path: str = "/v1/models", host: str | None = None) -> httpx.Response:
+    headers = {"Authorization": f"Bearer {token}", **({"Host": host} if host else {})}
+    return httpx.get(stack.base_url + path, headers=headers)
+
+
+def chat(stack: Stack, token: str) -> httpx.Response:
+    return httpx.post(
+        stack.base_url + "/v1/chat/completions",
+        headers={"Authorization": f"Bearer {token}"},
+        json={"messages": [{"role": "user", "content": "Hi"}], "sim": {"output_tokens": 2}, "max_tokens": 5},
+        timeout=30,
+    )
+
+
+def test_a_backend_that_signs_for_itself_is_believed_until_its_key_is_taken_away(stack: Stack) -> None:
+    project = stack.project()
+    token = locally_signed(project)
+    assert answer_to(stack, token).status_code == 401
+    stack.apply(with_keys(project, {"backend": BACKEND}))
+    assert chat(stack, token).status_code == 200
+    assert project.settled()[0]["user_id"] == "u1"
+    taken_away_s = time.monotonic()
+    stack.run(apply_text(stack.dsn, with_keys(project, {})))
+    wait_until(lambda: answer_to(stack, token).status_code == 401, what="the end of the key", timeout_s=10)
+    # The promise is minutes; it is one poll, with much room for a loaded machine.
+    assert time.monotonic() - taken_away_s < 5
+
+
+def test_a_legacy_token_of_eight_claims_is_believed(stack: Stack) -> None:
+    project = stack.project()
+    stack.apply(with_keys(project, {"backend": BACKEND}))
+    token = locally_signed(project, role=None, scp=None, jti=None, sid=None)
+    assert chat(stack, token).status_code == 200
+    assert project.settled()[0]["session_id"] == "none"
+
+
+def test_a_locally_signed_token_has_the_role_user_whatever_it_claims(stack: Stack) -> None:
+    project = stack.project()
+    stack.apply(with_keys(project, {"backend": BACKEND}))
+    assert chat(stack, locally_signed(project, uid="u2")).status_code == 200
+    project.settled()
+    end = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + 60))
+    own = answer_to(stack, locally_signed(project, uid="u1", role="admin"), f"/v1/billing/usage?to={end}").json()
+    assert own["platform"]["requests"] == 0
+    everybodys = answer_to(stack, project.mint(role="admin"), f"/v1/billing/usage?to={end}").json()
+    assert everybodys["platform"]["requests"] == 1
+    assert answer_to(stack, locally_signed(project, uid="admin")).status_code == 401
+
+
+def test_one_kid_of_two_tenants_is_two_keys_and_neither_speaks_for_the_other(stack: Stack) -> None:
+    one, other = stack.project(), stack.project()
+    stack.apply(with_keys(one, {"backend": BACKEND}))
+    stack.apply(with_keys(other, {"backend": OTHER}))
+    assert answer_to(stack, locally_signed(one)).status_code == 200
+    assert answer_to(stack, locally_signed(other, key=OTHER)).status_code == 200
+    assert answer_to(stack, locally_signed(other)).status_code == 401
+    assert answer_to(stack, locally_signed(one, key=OTHER)).status_code == 401
+    # Their own name and the other's project: the key is good, the project is not theirs.
+    stolen = answer_to(stack, locally_signed(one, pid=other.project_id))
+    assert (stolen.status_code, stolen.json()["error"]["details"]["reason"]) == (403, "wrong_project")
+
+
+def test_a_projects_own_host_is_for_its_own_tokens_and_keys(stack: Stack) -> None:
+    one, other = stack.project(), stack.project()
+    slug = f"shop-{one.namespace}"
+    stack.apply(with_keys(one, {}, f"  slug: {slug}"))
+    host = f"{slug}.behest.test"
+    for mine in (host, host.upper(), f"{host}:8080", "behest.test", "127.0.0.1", "unknown.behest.test"):
+        assert answer_to(stack, one.mint(), host=mine).status_code == 200, mine
+    refused = answer_to(stack, other.mint(), host=host)
+    assert (refused.status_code, refused.json()["error"]["details"]["reason"]) == (403, "wrong_project")
+    for theirs in ("behest.test", "127.0.0.1", f"x.{host}", f"{host}.example.com"):
+        assert answer_to(stack, other.mint(), host=theirs).status_code == 200, theirs
+    for project, status in ((one, 200), (other, 403)):
+        minted = httpx.post(
+            stack.base_url + "/v1/auth/mint",
+            json={"user_id": "u1"},
+            headers={"Authorization": f"Bearer {project.api_key}", "Host": host},
+        )
+        assert minted.status_code == status
+
+
+def test_a_slug_that_two_projects_claim_is_nobodys(stack: Stack) -> None:
+    one, squatter = stack.project(), stack.project()
+    slug = f"wanted-{one.namespace}"
+    stack.apply(with_keys(one, {}, f"  slug: {slug}"))
+    stack.apply(with_keys(squatter, {}, f"  slug: {slug}"))
+    assert answer_to(stack, one.mint(), host=f"{slug}.behest.test").status_code == 200
+
+
+SUSPENSIONS = {
+    "user": "{scope: {user: u1}",
+    "session": "{scope: {session: s1}",
+    "tenant": "{scope: {tenant: NAMESPACE}",
+}
+
+
+@pytest.mark.parametrize("what", SUSPENSIONS)
+def test_who_is_suspended_by_a_budget_is_refused_and_the_others_are_not(stack: Stack, what: str) -> None:
+    project = stack.project()
+    spec = SUSPENSIONS[what].replace("NAMESPACE", project.namespace)
+    with httpx.stream(
+        "POST",
+        stack.base_url + "/v1/chat/completions",
+        headers={"Authorization": f"Bearer {project.mint()}"},
+        json={
+            "stream": True,
+            "messages": [{"role": "user", "content": "Hi"}],
+            "sim": {"output_tokens": 1000, "chunk_interval_ms": 10},
+        },
+        timeout=30,
+    ) as response:
+        lines = response.iter_lines()
+        assert next(lines).startswith("data: ")
+        stack.run(
+            apply_text(
+                stack.dsn,
+                f"""
+apiVersion: behest.ai/v1alpha1
+kind: Budget
+metadata: {{name: blocked, namespace: {project.namespace}}}
+spec: {spec}, limit: {{requests: 1000000}}, window: {{period: Lifetime}}, suspended: true}}
+""",
+            )
+        )
+        rest = [line for line in lines if line]
+    assert '"code":"forbidden"' in rest[-2]
+    refused = chat(stack, project.mint())
+    assert (refused.status_code, refused.json()["error"]["details"]["reason"]) == (403, "suspended")
+    assert refused.json()["error"]["details"]["name"] == f"{project.namespace}/blocked"
+    others = chat(stack, project.mint(user="u2", session="s2"))
+    assert others.status_code == (403 if what == "tenant" else 200)
