@@ -68,7 +68,8 @@ def release(
         "create", "secret", "generic", "ledger", "--namespace", namespace, f"--from-literal=database-url={dsn}"
     )
     control_plane.helm(
-        "install", "b", str(CHART), "--namespace", namespace,
+        # The definitions may be there from other tests.
+        "install", "b", str(CHART), "--namespace", namespace, "--take-ownership",
         "--set", "database.trial.enabled=false,database.external.secretName=ledger",
     )  # fmt: skip
     port_file = folder / "sim.port"

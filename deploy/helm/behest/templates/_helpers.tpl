@@ -1,5 +1,15 @@
 {{- define "behest.name" -}}
-{{- default .Release.Name .Values.fullnameOverride | trunc 40 | trimSuffix "-" -}}
+{{- default .Release.Name .Values.fullnameOverride | replace "." "-" | trunc 40 | trimSuffix "-" -}}
+{{- end -}}
+
+{{/* Of what belongs to no namespace: unlike that of a release of the same name elsewhere, at most 53 characters. */}}
+{{- define "behest.clusterName" -}}
+{{- $name := printf "%s-%s" (include "behest.name" .) .Release.Namespace -}}
+{{- if gt (len $name) 53 -}}
+{{- printf "%s-%s" ($name | trunc 44 | trimSuffix "-") ($name | sha256sum | trunc 8) -}}
+{{- else -}}
+{{- $name -}}
+{{- end -}}
 {{- end -}}
 
 {{- define "behest.image" -}}
@@ -14,26 +24,26 @@
 {{ include "behest.selector" . }}
 app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .root.Release.Service }}
-helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
+helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_" }}
 {{- end -}}
 
 {{- define "behest.selector" -}}
 app.kubernetes.io/name: behest
-app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
 app.kubernetes.io/component: {{ .component }}
 {{- end -}}
 
 {{/* The Secret and key with the DSN of the ledger's owner. */}}
 {{- define "behest.database" -}}
 {{- if .Values.database.external.secretName -}}
-{name: {{ .Values.database.external.secretName }}, key: {{ .Values.database.external.secretKey }}}
+{name: {{ .Values.database.external.secretName | quote }}, key: {{ .Values.database.external.secretKey | quote }}}
 {{- else -}}
 {name: {{ include "behest.name" . }}-postgres, key: database-url}
 {{- end -}}
 {{- end -}}
 
 {{- define "behest.masterKey" -}}
-{name: {{ default (printf "%s-master-key" (include "behest.name" .)) .Values.masterKey.secretName }}, key: {{ .Values.masterKey.secretKey }}}
+{name: {{ .Values.masterKey.secretName | default (printf "%s-master-key" (include "behest.name" .)) | quote }}, key: {{ .Values.masterKey.secretKey | quote }}}
 {{- end -}}
 
 {{/* The `restricted` Pod Security Standard. */}}
@@ -51,6 +61,15 @@ allowPrivilegeEscalation: false
 capabilities: {drop: [ALL]}
 {{- end -}}
 
+{{- define "behest.pullSecrets" -}}
+{{- with .Values.image.pullSecrets -}}
+imagePullSecrets:
+  {{- range . }}
+  - name: {{ . | quote }}
+  {{- end }}
+{{- end -}}
+{{- end -}}
+
 {{- define "behest.placement" -}}
 {{- with .nodeSelector }}
 nodeSelector: {{- toYaml . | nindent 2 }}
@@ -63,11 +82,42 @@ affinity: {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- end -}}
 
+{{/* What a schema cannot say: each message says what to do. */}}
 {{- define "behest.check" -}}
-{{- if and .Values.database.trial.enabled .Values.database.external.secretName -}}
+{{- if not (regexMatch "^[a-z]" (include "behest.name" .)) -}}
+{{- fail "names of Services begin with a letter: set fullnameOverride, or name the release otherwise" -}}
+{{- end -}}
+{{- $external := .Values.database.external -}}
+{{- if and .Values.database.trial.enabled $external.secretName -}}
 {{- fail "database: set trial.enabled to false, or leave external.secretName empty: there is one ledger" -}}
 {{- end -}}
-{{- if not (or .Values.database.trial.enabled .Values.database.external.secretName) -}}
+{{- if not (or .Values.database.trial.enabled $external.secretName) -}}
 {{- fail "database: name the Secret with the ledger's DSN in database.external.secretName, or set database.trial.enabled" -}}
+{{- end -}}
+{{- if and $external.sidecarURL (not $external.secretName) -}}
+{{- fail "database.external.sidecarURL: is for a database of your own: set database.external.secretName too, or leave it empty" -}}
+{{- end -}}
+{{- if has "kube-system" .Values.namespaces -}}
+{{- fail "namespaces: kube-system is never looked after: take it out of the list" -}}
+{{- end -}}
+{{- if .Values.webhook.enabled -}}
+{{- with .Values.sidecar -}}
+{{- if lt (list (int .port) (int .podPort) (int .adminPort) | uniq | len) 3 -}}
+{{- fail "sidecar: port, podPort and adminPort must differ from each other" -}}
+{{- end -}}
+{{- end -}}
+{{- else if eq .Values.webhook.certificates.from "cert-manager" -}}
+{{- fail "webhook.certificates.from: there is no webhook to certify: set webhook.enabled, or leave it at operator" -}}
+{{- else if .Values.sidecar.defaultProject -}}
+{{- fail "sidecar.defaultProject: nobody adds sidecars: set webhook.enabled, or leave it empty" -}}
+{{- end -}}
+{{- with .Values.gateway -}}
+{{- if .enabled -}}
+{{- if and .autoscaling.enabled (gt (int .autoscaling.minReplicas) (int .autoscaling.maxReplicas)) -}}
+{{- fail "gateway.autoscaling: minReplicas must not be above maxReplicas" -}}
+{{- end -}}
+{{- else if or .autoscaling.enabled .providerKeysSecretName -}}
+{{- fail "gateway: autoscaling.enabled and providerKeysSecretName are for a gateway: set gateway.enabled, or leave them empty" -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
