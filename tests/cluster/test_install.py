@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,10 +122,8 @@ def test_from_helm_install_to_the_first_402(control_plane: ControlPlane, release
     )
     control_plane.apply(*resources(release, limit="0.02"), namespace=namespace)
     for kind, name in (("project", "shop"), ("upstream", "openai"), ("tier", "free"), ("budget", "shop")):
-        found = eventually(
-            lambda kind=kind, name=name: condition(control_plane, kind, name, namespace, "Programmed"),
-            what=f"the reading of {kind}",
-        )
+        programmed = partial(condition, control_plane, kind, name, namespace, "Programmed")
+        found = eventually(programmed, what=f"the reading of {kind}")
         assert found["status"] == "True"
     pod = create_injected(release, namespace)
     try:
