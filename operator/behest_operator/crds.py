@@ -235,6 +235,11 @@ _STATUS: dict[str, dict[str, Schema]] = {
         "held": {"type": "string", "description": "Reserved for requests that run, and for those of lost sidecars."},
         "remaining": {"type": "string", "description": "Of the fullest subject; of the budget itself without `per`."},
         "windowEndsAt": {"type": "string", "format": "date-time"},
+        "alertedAt": {
+            "type": "string",
+            "format": "date-time",
+            "description": "Thresholds that were reached until then were told as Events.",
+        },
         "overrun": {"type": "string", "description": "Charged beyond what the budget could pay."},
         "subjects": {
             "type": "object",

@@ -1,14 +1,18 @@
 """kopf's part: which changes are looked at, retried and finalised. What they mean is `reconciler`'s."""
 
 import logging
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from math import inf
+from typing import Any, overload
 
 import kopf
+import msgspec
 
 from behest_ledger.configuration.kinds import KindName, Project
-from behest_ledger.store.errors import LedgerError
+from behest_ledger.store.errors import LedgerConflictError, LedgerError, LedgerUnavailableError
+from behest_operator.annotations import TENANT_LABEL
 from behest_operator.conditions import Finding, merged
 from behest_operator.crds import GROUP, KINDS, VERSION
 from behest_operator.kubernetes import Kubernetes, KubernetesError
@@ -19,7 +23,10 @@ logger = logging.getLogger(__name__)
 
 RETRY_S = 2.0
 RESYNC_S = 15.0
-"""How often everything is applied again: Secrets that came or changed are taken, whatever was lost is mended."""
+"""How often it is looked whether Secrets came or changed, or a namespace has another tenant."""
+MEND_S = 600.0
+"""How often everything is applied again, whatever it was that lost it."""
+_READS_SECRETS = ("Project", "Upstream")
 PREFIX = "behest.ai"
 
 
@@ -30,6 +37,8 @@ class Handlers:
         self._reconciler = reconciler
         self._kubernetes = kubernetes
         self._board = board
+        self._applied: dict[str, _Done] = {}
+        self._labels: dict[str, tuple[Mapping[str, str], float]] = {}
 
     def register(self, registry: kopf.OperatorRegistry) -> None:
         """Tell kopf what to call."""
@@ -42,15 +51,17 @@ class Handlers:
         kopf.on.event(registry=registry, group=GROUP, version=VERSION, kind="Budget")(self._seen)
 
     async def _apply(self, *, body: kopf.Body, patch: kopf.Patch, **_: Any) -> None:
-        applied = await self._reconcile(body)
+        applied = await self._reconcile(body, patch)
         _write(applied, body, patch)
         accepted = applied.findings[0]
         if accepted.status == "False":
             kopf.warn(body, reason=accepted.reason, message=accepted.message)
 
     async def _resync(self, *, body: kopf.Body, patch: kopf.Patch, **_: Any) -> None:
-        applied = await self._reconcile(body)
-        if applied.changed or _differs(applied, body):
+        if body["metadata"].get("deletionTimestamp"):
+            return
+        applied = await self._reconcile(body, patch, again=True)
+        if applied is not None and (applied.changed or _differs(applied.findings, body)):
             _write(applied, body, patch)
 
     async def _remove(self, *, body: kopf.Body, namespace: str | None, name: str | None, **_: Any) -> None:
@@ -58,9 +69,10 @@ class Handlers:
         assert name is not None, "a resource has a name"
         kind: KindName = body["kind"]
         try:
-            await self._reconciler.remove(kind, namespace, name)
-        except LedgerError as error:
-            raise kopf.TemporaryError(f"the ledger could not be reached: {error}", delay=RETRY_S) from None
+            await self._reconciler.remove(kind, namespace, name, body.get("spec", {}))
+        except (LedgerError, KubernetesError) as error:
+            raise kopf.TemporaryError(_unknown(error).message, delay=RETRY_S) from None
+        self._applied.pop(body["metadata"]["uid"], None)
         if kind == "Budget":
             self._board.forget(namespace, name)
 
@@ -70,23 +82,76 @@ class Handlers:
         else:
             self._board.see(body)
 
-    async def _reconcile(self, body: kopf.Body) -> Applied:
-        namespace = body["metadata"]["namespace"]
+    @overload
+    async def _reconcile(self, body: kopf.Body, patch: kopf.Patch) -> Applied: ...
+    @overload
+    async def _reconcile(self, body: kopf.Body, patch: kopf.Patch, *, again: bool) -> Applied | None: ...
+    async def _reconcile(self, body: kopf.Body, patch: kopf.Patch, *, again: bool = False) -> Applied | None:
+        """What became of the resource; None: it was looked at `again`, and nothing can have changed."""
+        metadata = body["metadata"]
         try:
+            labels = await self._labels_of(metadata["namespace"], fresh=not again)
+            now_s = time.monotonic()
+            done = _Done(generation=metadata.get("generation", 0), labels=labels, at_s=now_s)
+            before = self._applied.get(metadata["uid"])
+            if again and before is not None and not done.may_differ(before, by_itself=body["kind"] in _READS_SECRETS):
+                return None
+            applied = await self._reconciler.apply(body, labels)
+        except (LedgerError, KubernetesError) as error:
+            finding = _unknown(error)
+            if _differs([finding], body):
+                generation = metadata.get("generation", 0)
+                patch.status["conditions"] = merged(_conditions(body), [finding], generation=generation, now=_now())
+            raise kopf.TemporaryError(finding.message, delay=RETRY_S) from None
+        self._applied[metadata["uid"]] = done
+        return applied
+
+    async def _labels_of(self, namespace: str, *, fresh: bool) -> Mapping[str, str]:
+        """A namespace's labels; not `fresh`, as they were up to a resync ago: thousands of resources ask for them."""
+        now_s = time.monotonic()
+        labels, read_at_s = self._labels.get(namespace, ({}, -inf))
+        if fresh or now_s - read_at_s >= RESYNC_S:
             found = await self._kubernetes.get(f"/api/v1/namespaces/{namespace}")
-            labels: Mapping[str, str] = (found or {}).get("metadata", {}).get("labels") or {}
-            return await self._reconciler.apply(body, labels)
-        except KubernetesError as error:
-            raise kopf.TemporaryError(f"the API server refused a call: {error}", delay=RETRY_S) from None
-        except LedgerError as error:
-            raise kopf.TemporaryError(f"the ledger could not be reached: {error}", delay=RETRY_S) from None
+            labels = dict((found or {}).get("metadata", {}).get("labels") or {})
+            self._labels[namespace] = (labels, now_s)
+        return labels
+
+
+class _Done(msgspec.Struct, frozen=True, kw_only=True):
+    """When a resource was last carried into the ledger, and from what."""
+
+    generation: int
+    labels: Mapping[str, str]
+    at_s: float
+
+    def may_differ(self, before: "_Done", *, by_itself: bool) -> bool:
+        """Whether there is anything to do again. One whose older state comes late never goes before the newer."""
+        if self.generation < before.generation:
+            return False
+        return (
+            by_itself
+            or self.generation != before.generation
+            or self.labels.get(TENANT_LABEL) != before.labels.get(TENANT_LABEL)
+            or self.at_s - before.at_s >= MEND_S
+        )
+
+
+def _unknown(error: LedgerError | KubernetesError) -> Finding:
+    """What is known while a call fails: nothing of what the ledger has now. It is tried again."""
+    if isinstance(error, KubernetesError):
+        reason, message = "KubernetesUnavailable", f"the API server refused a call: {error}"
+        if not error.status:
+            message = f"the API server cannot be reached: {error}"
+    elif isinstance(error, LedgerUnavailableError | LedgerConflictError):
+        reason, message = "LedgerUnavailable", f"the ledger cannot be reached: {error}"
+    else:
+        reason, message = "LedgerRefused", f"the ledger refused it: {error}"
+    return Finding(type="Programmed", status="Unknown", reason=reason, message=message)
 
 
 def _write(applied: Applied, body: kopf.Body, patch: kopf.Patch) -> None:
     generation = body["metadata"].get("generation", 0)
-    found = [dict(item) for item in body.get("status", {}).get("conditions", [])]
-    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    patch.status["conditions"] = merged(found, applied.findings, generation=generation, now=now)
+    patch.status["conditions"] = merged(_conditions(body), applied.findings, generation=generation, now=_now())
     patch.status["observedGeneration"] = generation
     if isinstance(applied.manifest, Project):
         patch.status["projectID"] = applied.manifest.qualified_name
@@ -95,14 +160,22 @@ def _write(applied: Applied, body: kopf.Body, patch: kopf.Patch) -> None:
         patch.status["apiKey"] = {"secretName": secret_name, "key": "api-key"} if secret_name else None
 
 
-def _differs(applied: Applied, body: kopf.Body) -> bool:
-    found = {item["type"]: item for item in body.get("status", {}).get("conditions", [])}
+def _conditions(body: kopf.Body) -> list[dict[str, Any]]:
+    return [dict(item) for item in body.get("status", {}).get("conditions", [])]
+
+
+def _differs(findings: Sequence[Finding], body: kopf.Body) -> bool:
+    found = {item["type"]: item for item in _conditions(body)}
 
     def told(finding: Finding) -> bool:
         before = found.get(finding.type, {})
         return (before.get("status"), before.get("message")) == (finding.status, finding.message)
 
-    return not all(told(finding) for finding in applied.findings)
+    return not all(told(finding) for finding in findings)
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def configure(settings: kopf.OperatorSettings) -> None:

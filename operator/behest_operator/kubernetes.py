@@ -5,6 +5,7 @@ certificate). The token file is read again for each call: the kubelet rotates it
 """
 
 import base64
+import json
 import os
 import ssl
 import tempfile
@@ -119,6 +120,14 @@ class Kubernetes:
         """Change members of the object at a path (JSON merge patch, RFC 7386)."""
         return await self._call("PATCH", path, change, content_type="application/merge-patch+json")
 
+    async def delete(self, path: str) -> None:
+        """Delete the object at a path, if it is there."""
+        try:
+            await self._call("DELETE", path)
+        except KubernetesError as error:
+            if error.status != 404:
+                raise
+
     async def _call(
         self, method: str, path: str, document: Object | None = None, *, content_type: str = "application/json"
     ) -> Object:
@@ -130,9 +139,24 @@ class Kubernetes:
             async with self._session.request(
                 method, self._credentials.server + path, json=document, headers=headers
             ) as answer:
-                body: Object = await answer.json(content_type=None)
+                text = await answer.text()
                 if answer.status >= 400:
-                    raise KubernetesError(answer.status, str(body.get("message", answer.reason)))
-                return body
-        except (TimeoutError, aiohttp.ClientError, ValueError) as error:
+                    raise KubernetesError(answer.status, _message(text) or str(answer.reason))
+                return _object(text)
+        except (TimeoutError, aiohttp.ClientError, OSError, ValueError) as error:
             raise KubernetesError(0, f"{method} {path}: {type(error).__name__}: {error}") from None
+
+
+def _object(text: str) -> Object:
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError("the answer is no object")  # noqa: TRY004 - as of text that is no JSON
+    return found
+
+
+def _message(text: str) -> str:
+    """What a refusal says: a `Status` from the API server, or whatever something in between has to say."""
+    try:
+        return str(_object(text).get("message", ""))
+    except ValueError:
+        return text.strip()[:200]

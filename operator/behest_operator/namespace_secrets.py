@@ -1,16 +1,22 @@
 """The Secrets that the operator writes: what the sidecars of a namespace need, and API keys; and those that it reads.
 
 Everything here is made once, found again, and mended when it was lost. A Secret of our name that is not ours is never
-touched. Database roles come in pairs, `...-a` and `...-b`: a rotation makes the other one and leaves the one that
-running sidecars still use, until the rotation after.
+touched. Every login has a name of its own, so that a Secret and its login always fit, whenever the operator is killed:
+first the login, then the Secret that names it, then the logins that no Secret names any more are dropped. A rotation
+leaves the one before it, which running sidecars still use, until the rotation after.
+
+They stay while the namespace has a Project; with its last one the Secret and its logins go.
 """
 
+import asyncio
 import base64
 import hashlib
 import logging
+import re
 import secrets
+from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from urllib.parse import quote, urlsplit, urlunsplit
 
@@ -20,10 +26,10 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from behest_ledger.api_key_hash import api_key_digest, new_api_key
 from behest_ledger.configuration.kinds import Project, Upstream
 from behest_ledger.sealing import SealingError, tenant_key
-from behest_ledger.store.configuration import connected
-from behest_ledger.store.identity import find_api_key, register_api_key
+from behest_ledger.store.configuration import connected, namespace_has_projects
+from behest_ledger.store.identity import find_api_key, list_api_keys, register_api_key, revoke_api_key
 from behest_ledger.store.pool import Connection
-from behest_ledger.store.provider_keys import delete_key, put_key, upstream_place
+from behest_ledger.store.provider_keys import delete_key, load_keys, put_key, upstream_place
 from behest_ledger.store.roles import TenantRole, create_role, drop_role, list_roles
 from behest_operator.conditions import Finding
 from behest_operator.kubernetes import Kubernetes, Object
@@ -34,7 +40,10 @@ logger = logging.getLogger(__name__)
 ROTATION = timedelta(days=30)
 _OWNER_LABEL = {"app.kubernetes.io/managed-by": "behest-operator"}
 _ROTATED_AT = "behest.ai/rotated-at"
+_LOGIN_BEFORE = "behest.ai/login-before"
 _API_KEY = "api-key"
+_KEY_NAME = "Secret "
+"""How the names of those API keys begin in the ledger that are in Secrets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,61 +56,96 @@ class NamespaceSecrets:
     sidecar_dsn: str
     """The ledger as sidecars reach it; user and password are replaced by their role's."""
 
+    _busy: dict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
+    """By namespace: its Projects are looked at side by side, its Secrets are made by one at a time."""
+
     async def ensure_for_sidecars(self, namespace: str, tenant: str, *, now: datetime) -> Finding:
         """Make or mend the Secret `behest-sidecar`."""
-        path = f"/api/v1/namespaces/{namespace}/secrets"
+        async with self._busy[namespace]:
+            return await self._ensure_for_sidecars(namespace, tenant, now)
+
+    async def _ensure_for_sidecars(self, namespace: str, tenant: str, now: datetime) -> Finding:
+        path = _path(namespace)
         found = await self.kubernetes.get(f"{path}/{SECRET}")
         if found is not None and not _is_ours(found):
-            return Finding(
-                type="SidecarReady",
-                status="False",
-                reason="SecretTaken",
-                message=f"the Secret {SECRET} is there and was not made by the operator: rename or delete it",
-            )
+            return _taken("SidecarReady", SECRET)
         data = _data(found)
+        login, before = urlsplit(data.get("database-url", "")).username or "", _annotation(found, _LOGIN_BEFORE)
+        logins = await self._logins_of(namespace)
         rotated_at = _time(found)
-        role = urlsplit(data.get("database-url", "")).username or ""
-        known = {item.name: item for item in await self._roles()}
-        usable = role in known and known[role].exists and known[role].tenants == (tenant,)
-        due = rotated_at is None or now - rotated_at >= ROTATION
+        same_tenant = data.get("tenant") == tenant
+        usable = same_tenant and _serves(logins.get(login), tenant)
+        if not usable or rotated_at is None or now - rotated_at >= ROTATION:
+            login, before, rotated_at = _new_login(namespace), login, now
+            password = secrets.token_urlsafe(24)
+            async with connected(self.pool) as connection:
+                await create_role(connection, login, tenants=[tenant], password=password)
+            data["database-url"] = _with_login(self.sidecar_dsn, login, password)
         wanted = {
             "tenant": tenant,
             "data-key": base64.b64encode(tenant_key(self.master_key, tenant)).decode(),
-            "signing-key.pem": data.get("signing-key.pem") or _signing_key(),
-            "database-url": data.get("database-url", ""),
+            # A key speaks for one tenant only.
+            "signing-key.pem": (data.get("signing-key.pem") if same_tenant else None) or _signing_key(),
+            "database-url": data["database-url"],
         }
-        if not usable or due:
-            role, password = _other_role(namespace, role), secrets.token_urlsafe(24)
-            async with connected(self.pool) as connection:
-                if role in known:
-                    await drop_role(connection, role)
-                await create_role(connection, role, tenants=[tenant], password=password)
-            wanted["database-url"] = _with_login(self.sidecar_dsn, role, password)
-            rotated_at = now
-        if found is None or wanted != data:
-            await self._write(path, SECRET, found, wanted, rotated_at)
+        if found is None or wanted != _data(found):
+            annotations = {_ROTATED_AT: rotated_at.strftime("%Y-%m-%dT%H:%M:%SZ"), _LOGIN_BEFORE: before}
+            await self._write(path, SECRET, found, wanted, annotations)
             logger.info("wrote the Secret %s of namespace %s", SECRET, namespace)
+        for name, role in logins.items():
+            if name != login and not (name == before and _serves(role, tenant)):
+                async with connected(self.pool) as connection:
+                    await drop_role(connection, name)
         return Finding(type="SidecarReady", status="True", reason="SecretWritten", message=f"see Secret {SECRET}")
+
+    async def forget_project(self, namespace: str, name: str, api_key_secret: str | None) -> None:
+        """What is left of a Project that is not in the ledger any more: its API keys, and what its sidecars needed."""
+        for key in await list_api_keys(self.pool, project_id=f"{namespace}/{name}"):
+            if key.revoked_at is None and key.name.startswith(_KEY_NAME):
+                await revoke_api_key(self.pool, key_id=key.key_id, tenant_id=key.tenant_id)
+        async with self._busy[namespace]:
+            if api_key_secret is not None:
+                found = await self.kubernetes.get(f"{_path(namespace)}/{api_key_secret}")
+                if found is not None and _is_ours(found) and _data(found).get("project") == f"{namespace}/{name}":
+                    await self.kubernetes.delete(f"{_path(namespace)}/{api_key_secret}")
+            if await namespace_has_projects(self.pool, namespace):
+                return
+            found = await self.kubernetes.get(f"{_path(namespace)}/{SECRET}")
+            if found is not None and _is_ours(found):
+                await self.kubernetes.delete(f"{_path(namespace)}/{SECRET}")
+            for login in await self._logins_of(namespace):
+                async with connected(self.pool) as connection:
+                    await drop_role(connection, login)
+
+    async def forget_upstream(self, qualified_name: str) -> None:
+        """The sealed key of an Upstream that is gone."""
+        place = upstream_place(qualified_name)
+        for key in await load_keys(self.pool, None):
+            if key.place == place:
+                await delete_key(self.pool, tenant_id=key.tenant_id, place=place)
 
     async def ensure_api_key(self, project: Project, tenant: str) -> Finding | None:
         """Make the Secret that the project asks for its API key; None: it asks for none."""
         name = project.spec.api_key_secret_name
         if name is None:
             return None
-        path = f"/api/v1/namespaces/{project.namespace}/secrets"
+        path = _path(project.namespace)
         found = await self.kubernetes.get(f"{path}/{name}")
         if found is not None and not _is_ours(found):
+            return _taken("ApiKeyReady", name)
+        data = _data(found)
+        key = data.get(_API_KEY)
+        if key is not None and data.get("project") != project.qualified_name:
             return Finding(
                 type="ApiKeyReady",
                 status="False",
                 reason="SecretTaken",
-                message=f"the Secret {name} is there and was not made by the operator: rename or delete it",
+                message=f"the Secret {name} holds the key of project {data.get('project')}: name another one",
             )
-        key = _data(found).get(_API_KEY)
         known = await find_api_key(self.pool, api_key_digest(key)) if key is not None else None
         if key is None or (known is not None and known.revoked_at is not None):
             key, known = new_api_key(), None
-            await self._write(path, name, found, {_API_KEY: key, "project": project.qualified_name}, None)
+            await self._write(path, name, found, {_API_KEY: key, "project": project.qualified_name}, {})
         # The Secret first: a key that is known to the ledger and to nobody else could never be used.
         if known is None:
             async with connected(self.pool) as connection:
@@ -111,7 +155,7 @@ class NamespaceSecrets:
                     project_id=project.qualified_name,
                     key=key,
                     role="admin",
-                    name=f"Secret {name}",
+                    name=_KEY_NAME + name,
                 )
         return Finding(type="ApiKeyReady", status="True", reason="SecretWritten", message=f"see Secret {name}")
 
@@ -122,7 +166,7 @@ class NamespaceSecrets:
         if reference is None:
             await delete_key(self.pool, tenant_id=tenant, place=place)
             return Finding(type="CredentialsReady", status="True", reason="NoneNeeded", message="")
-        found = await self.kubernetes.get(f"/api/v1/namespaces/{upstream.namespace}/secrets/{reference.name}")
+        found = await self.kubernetes.get(f"{_path(upstream.namespace)}/{reference.name}")
         secret = _data(found).get(reference.key)
         where = f"key {reference.key} of Secret {reference.name}"
         if secret is None:
@@ -142,18 +186,19 @@ class NamespaceSecrets:
             return Finding(type="CredentialsReady", status="False", reason="Unusable", message=f"{where}: {error}")
         return Finding(type="CredentialsReady", status="True", reason="Sealed", message=f"from {where}")
 
-    async def _roles(self) -> list[TenantRole]:
+    async def _logins_of(self, namespace: str) -> dict[str, TenantRole]:
         async with connected(self.pool) as connection:
-            return await list_roles(connection)
+            roles = await list_roles(connection)
+        ours = re.compile(re.escape(_login_prefix(namespace)) + r"[a-z2-7]{8}")
+        return {role.name: role for role in roles if ours.fullmatch(role.name)}
 
     async def _write(
-        self, path: str, name: str, found: Object | None, data: Mapping[str, str], rotated_at: datetime | None
+        self, path: str, name: str, found: Object | None, data: Mapping[str, str], annotations: Mapping[str, str]
     ) -> None:
-        annotations = {_ROTATED_AT: rotated_at.strftime("%Y-%m-%dT%H:%M:%SZ")} if rotated_at is not None else {}
         document: Object = {
             "apiVersion": "v1",
             "kind": "Secret",
-            "metadata": {"name": name, "labels": _OWNER_LABEL, "annotations": annotations},
+            "metadata": {"name": name, "labels": _OWNER_LABEL, "annotations": dict(annotations)},
             "type": "Opaque",
             "data": {key: base64.b64encode(value.encode()).decode() for key, value in data.items()},
         }
@@ -180,19 +225,38 @@ def _data(found: Object | None) -> dict[str, str]:
     return values
 
 
+def _annotation(found: Object | None, name: str) -> str:
+    return str(((found or {}).get("metadata", {}).get("annotations") or {}).get(name, ""))
+
+
 def _time(found: Object | None) -> datetime | None:
-    text = ((found or {}).get("metadata", {}).get("annotations") or {}).get(_ROTATED_AT, "")
     try:
-        return datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
+        return datetime.strptime(_annotation(found, _ROTATED_AT), "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
     except ValueError:
         return None
 
 
-def _other_role(namespace: str, role: str) -> str:
-    """The role to make now: of the pair the one that is not in use. Long names of namespaces are cut and told apart."""
+def _taken(condition: str, name: str) -> Finding:
+    message = f"the Secret {name} is there and was not made by the operator: rename or delete it"
+    return Finding(type=condition, status="False", reason="SecretTaken", message=message)
+
+
+def _path(namespace: str) -> str:
+    return f"/api/v1/namespaces/{namespace}/secrets"
+
+
+def _serves(role: TenantRole | None, tenant: str) -> bool:
+    return role is not None and role.exists and role.tenants == (tenant,)
+
+
+def _login_prefix(namespace: str) -> str:
+    """How logins of a namespace begin. Long names of namespaces are cut and told apart."""
     base = namespace if len(namespace) <= 40 else namespace[:31] + hashlib.sha256(namespace.encode()).hexdigest()[:9]
-    first, second = f"behest-{base}-a", f"behest-{base}-b"
-    return second if role == first else first
+    return f"behest-{base}-"
+
+
+def _new_login(namespace: str) -> str:
+    return _login_prefix(namespace) + base64.b32encode(secrets.token_bytes(5)).decode().lower()
 
 
 def _with_login(dsn: str, user: str, password: str) -> str:

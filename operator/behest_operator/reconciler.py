@@ -15,11 +15,14 @@ from behest_ledger.configuration.manifests import from_object
 from behest_ledger.configuration.problems import InvalidManifestsError
 from behest_ledger.store.configuration import ApplyReport, apply_manifests, remove
 from behest_ledger.store.pool import Connection
+from behest_ledger.store.roles import RoleError
 from behest_operator.conditions import Finding
 from behest_operator.namespace_secrets import NamespaceSecrets
 from behest_operator.tenancy import TenancyError, tenant_of
 
 logger = logging.getLogger(__name__)
+
+_TENANT_PATHS = ("spec.tenant", "spec.scope.tenant", "metadata.namespace")
 
 
 class Applied(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,7 +66,8 @@ class Reconciler:
         except TenancyError as error:
             return refused("NoTenant", str(error))
         except InvalidManifestsError as error:
-            tenant_is_wrong = any(problem.path in ("spec.tenant", "spec.scope.tenant") for problem in error.errors)
+            # Of a namespace that got another label, resources stay with the tenant that they belong to.
+            tenant_is_wrong = any(problem.path in _TENANT_PATHS for problem in error.errors)
             reason = "TenantNotAllowed" if tenant_is_wrong else "Invalid"
             return refused(reason, "; ".join(f"{item.path}: {item.reason}".lstrip(": ") for item in error.errors))
         message = "; ".join(report.warnings)
@@ -82,7 +86,10 @@ class Reconciler:
         """What the resource needs beside the ledger's tables."""
         match manifest:
             case Project():
-                made = await self._secrets.ensure_for_sidecars(manifest.namespace, tenant, now=datetime.now(UTC))
+                try:
+                    made = await self._secrets.ensure_for_sidecars(manifest.namespace, tenant, now=datetime.now(UTC))
+                except RoleError as error:
+                    made = Finding(type="SidecarReady", status="False", reason="NoLogin", message=str(error))
                 key = await self._secrets.ensure_api_key(manifest, tenant)
                 return [made] if key is None else [made, key]
             case Upstream():
@@ -90,9 +97,13 @@ class Reconciler:
             case _:
                 return []
 
-    async def remove(self, kind: KindName, namespace: str, name: str) -> None:
-        """Take the resource out of the ledger. Raises `LedgerError`."""
+    async def remove(self, kind: KindName, namespace: str, name: str, spec: Mapping[str, Any]) -> None:
+        """Take the resource out of the ledger, and what was made for it. Raises `LedgerError` and `KubernetesError`."""
         outcome = await remove(self._pool, kind, namespace, name)
+        if kind == "Project":
+            await self._secrets.forget_project(namespace, name, spec.get("apiKeySecretName"))
+        elif kind == "Upstream":
+            await self._secrets.forget_upstream(f"{namespace}/{name}")
         logger.info("%s in namespace %s", outcome, namespace)
 
 

@@ -6,8 +6,9 @@ One loop for all of them: it reads the ledger, and writes only what differs from
 import asyncio
 import hashlib
 import logging
-from collections.abc import Mapping
-from datetime import UTC, datetime
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from behest_ledger.configuration.records import BudgetRecord
@@ -23,6 +24,12 @@ from behest_operator.kubernetes import Kubernetes, KubernetesError
 logger = logging.getLogger(__name__)
 
 INTERVAL_S = 2.0
+"""One status is written at most so often."""
+WRITES_AT_ONCE = 8
+OVERLAP = timedelta(minutes=1)
+"""So much later than it was reached a threshold may be seen, because others were written first."""
+EVENT_LIFE = timedelta(minutes=50)
+"""The API server keeps Events for an hour, and refuses to make one of the same name."""
 _OURS = ("phase", "scope", "limit", "spent", "held", "remaining", "overrun", "subjects", "biggest", "windowEndsAt")
 
 
@@ -74,21 +81,24 @@ def difference(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str,
 
 
 class BudgetBoard:
-    """The Budgets of the cluster as last seen, and the loop that keeps their status true."""
+    """The Budgets of the cluster as last seen, and the loop that keeps their status true.
+
+    Up to when thresholds were told as Events is in the status (`alertedAt`), so that none is lost to a restart.
+    """
 
     def __init__(self, pool: Connection, kubernetes: Kubernetes, *, interval_s: float = INTERVAL_S) -> None:
         self._pool = pool
         self._kubernetes = kubernetes
         self._interval_s = interval_s
         self._seen: dict[str, Any] = {}
-        self._alerts_since = datetime.now(UTC)
         self._told: set[str] = set()
 
     def see(self, body: Mapping[str, Any]) -> None:
         """A Budget as the API server shows it now."""
         metadata = body["metadata"]
+        members = ("name", "namespace", "uid", "generation", "creationTimestamp")
         self._seen[f"{metadata['namespace']}/{metadata['name']}"] = {
-            "metadata": {name: metadata.get(name) for name in ("name", "namespace", "uid", "generation")},
+            "metadata": {name: metadata.get(name) for name in members},
             "status": {key: _plain(value) for key, value in body.get("status", {}).items()},
         }
 
@@ -107,49 +117,66 @@ class BudgetBoard:
 
     async def round(self) -> None:
         """One look at the ledger. Raises `LedgerError` and `KubernetesError`."""
-        statuses = await read_budgets(self._pool, None)
-        for status in statuses:
-            seen = self._seen.get(status.record.budget_id)
-            if seen is not None:
-                await self._write(status, seen)
-        for tenant in sorted({status.record.tenant_id for status in statuses}):
-            for alert in await alerts_since(self._pool, tenant, self._alerts_since):
-                await self._tell(alert)
+        statuses = [item for item in await read_budgets(self._pool, None) if item.record.budget_id in self._seen]
+        since = {
+            (status.record.tenant_id, status.record.budget_id): _told_until(self._seen[status.record.budget_id])
+            for status in statuses
+        }
+        alerts: defaultdict[str, list[Alert]] = defaultdict(list)
+        for alert in await alerts_since(self._pool, since):
+            alerts[alert.budget].append(alert)
+        limit = asyncio.Semaphore(WRITES_AT_ONCE)
 
-    async def _write(self, status: BudgetStatus, seen: dict[str, Any]) -> None:
-        found = seen["status"]
+        async def bring(status: BudgetStatus) -> None:
+            async with limit:
+                await self._bring(status, alerts[status.record.budget_id])
+
+        faults = await asyncio.gather(*map(bring, statuses), return_exceptions=True)
+        for fault in faults:
+            if fault is not None:
+                raise fault
+
+    async def _bring(self, status: BudgetStatus, alerts: Sequence[Alert]) -> None:
+        """Bring one resource up to date. What the API server refuses for one is no reason to leave out the others."""
+        seen = self._seen.get(status.record.budget_id)
+        if seen is None:
+            return
+        try:
+            await self._write(status, seen, alerts)
+        except KubernetesError as error:
+            if not error.status:
+                raise
+            if error.status != 404:
+                logger.warning("the status of budget %s could not be written: %s", status.record.budget_id, error)
+
+    async def _write(self, status: BudgetStatus, seen: dict[str, Any], alerts: Sequence[Alert]) -> None:
+        found, metadata = seen["status"], seen["metadata"]
         change = difference(wanted_status(status), found)
         conditions = found.get("conditions", [])
         finding = exhausted_finding(status)
         before: Mapping[str, Any] = next((item for item in conditions if item.get("type") == finding.type), {})
         if (before.get("status"), before.get("message", "")) != (finding.status, finding.message):
             now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-            generation = seen["metadata"].get("generation") or 0
-            change["conditions"] = merged(conditions, [finding], generation=generation, now=now)
-        if not change:
-            return
-        metadata = seen["metadata"]
-        path = f"/apis/{GROUP}/{VERSION}/namespaces/{metadata['namespace']}/budgets/{metadata['name']}/status"
-        try:
-            answer = await self._kubernetes.merge(path, {"status": change})
-        except KubernetesError as error:
-            if error.status == 404:
-                return
-            raise
-        if found.get("phase") not in (None, "Exhausted") and status.phase == "Exhausted":
-            await self._event(metadata, "BudgetExhausted", finding.message, key=str(status.window_ends_at))
-        self.see(answer)
+            change["conditions"] = merged(conditions, [finding], generation=metadata.get("generation") or 0, now=now)
+        # Events first: whoever is killed between them and the status tells them again, under the same name.
+        for alert in alerts:
+            await self._tell(alert, metadata)
+        told_until = max((alert.reached_at for alert in alerts), default=None)
+        if told_until is not None and told_until > _time(found.get("alertedAt")):
+            change["alertedAt"] = told_until.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        if found.get("phase") != "Exhausted" and status.phase == "Exhausted":
+            key = f"{status.window_ends_at} {status.record.limit_amount}"
+            await self._event(metadata, "BudgetExhausted", finding.message, key=key)
+        if change:
+            path = f"/apis/{GROUP}/{VERSION}/namespaces/{metadata['namespace']}/budgets/{metadata['name']}/status"
+            self.see(await self._kubernetes.merge(path, {"status": change}))
 
-    async def _tell(self, alert: Alert) -> None:
-        seen = self._seen.get(alert.budget)
-        if seen is None:
-            return
+    async def _tell(self, alert: Alert, metadata: Mapping[str, Any]) -> None:
         subject = " of " + ", ".join(alert.subject) if alert.subject else ""
         used, limit = shown_amount(int(alert.used), alert.unit), shown_amount(int(alert.limit), alert.unit)
         message = f"{alert.percent} % reached{subject}: {used} of {limit}"
         key = f"{alert.percent} {alert.subject} {alert.reached_at.isoformat()}"
-        await self._event(seen["metadata"], "BudgetWarning", message, key=key)
-        self._alerts_since = max(self._alerts_since, alert.reached_at)
+        await self._event(metadata, "BudgetWarning", message, key=key)
 
     async def _event(self, metadata: Mapping[str, Any], reason: str, message: str, *, key: str) -> None:
         """An Event whose name says what it tells: telling it twice is refused by the API server."""
@@ -188,7 +215,23 @@ class BudgetBoard:
         self._told.add(name)
 
 
+def _told_until(seen: Mapping[str, Any]) -> datetime:
+    """From when on thresholds of a budget may not have been told."""
+    told = _time(seen["status"].get("alertedAt"))
+    # What is older than an Event lives was told, or the name would not say so any more.
+    overlap = max(told - OVERLAP, min(told, datetime.now(UTC) - EVENT_LIFE))
+    return max(_time(seen["metadata"].get("creationTimestamp")), overlap)
+
+
+def _time(text: str | None) -> datetime:
+    return datetime.fromisoformat(text) if text else _LONG_AGO
+
+
+_LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
+
+
 def _plain(value: Any) -> Any:
+    """What kopf gives as views, as dictionaries and lists."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

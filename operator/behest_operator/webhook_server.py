@@ -12,7 +12,6 @@ import os
 import signal
 import ssl
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from behest_operator.settings import SettingsError, WebhookSettings, help_text, read
 from behest_operator.sidecar import Template
 from behest_operator.webhook import ReviewError, review
 
@@ -34,24 +34,14 @@ BODY_BYTES_MAX = 3 * 1024 * 1024
 RELOAD_S = 1.0
 
 
-class WebhookSettingsError(ValueError):
-    """A setting is missing or malformed; the message names it."""
-
-
-def template_from(environment: Mapping[str, str]) -> Template:
-    """The sidecar's template: JSON in the file that `BEHEST_INJECTION_TEMPLATE` names, in the spelling of `Template`.
-
-    Raises `WebhookSettingsError`.
-    """
-    name = environment.get("BEHEST_INJECTION_TEMPLATE", "")
-    if not name:
-        raise WebhookSettingsError("BEHEST_INJECTION_TEMPLATE is not set: the file with the sidecar's template (JSON)")
+def template_in(path: str) -> Template:
+    """The sidecar's template in a file, JSON in the spelling of `Template`. Raises `SettingsError`."""
     try:
-        return msgspec.json.decode(Path(name).read_bytes(), type=_StrictTemplate)
+        return msgspec.json.decode(Path(path).read_bytes(), type=_StrictTemplate)
     except OSError as error:
-        raise WebhookSettingsError(f"BEHEST_INJECTION_TEMPLATE: {name} cannot be read: {error.strerror}") from None
-    except msgspec.DecodeError as error:
-        raise WebhookSettingsError(f"BEHEST_INJECTION_TEMPLATE: {name}: {error}") from None
+        raise SettingsError(f"BEHEST_INJECTION_TEMPLATE: {path} cannot be read: {error.strerror}") from None
+    except (msgspec.DecodeError, UnicodeError) as error:
+        raise SettingsError(f"BEHEST_INJECTION_TEMPLATE: {path}: {error}") from None
 
 
 class _StrictTemplate(Template, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -145,11 +135,7 @@ def add_parser(subparsers: Any) -> None:
         "webhook",
         help="run the webhook that adds sidecars to pods (Kubernetes)",
         description="Run the admission webhook until SIGTERM.",
-        epilog="environment:\n"
-        "  BEHEST_INJECTION_TEMPLATE  the file with the sidecar's template (JSON)\n"
-        "  BEHEST_WEBHOOK_TLS_DIR     the folder with tls.crt and tls.key (default: /etc/behest-webhook)\n"
-        "  BEHEST_WEBHOOK_BIND        where the API server connects (default: 0.0.0.0:9443)\n"
-        "  BEHEST_WEBHOOK_PROBE_BIND  where probes connect (default: 0.0.0.0:9081)",
+        epilog=help_text(WebhookSettings),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     del parser
@@ -160,23 +146,23 @@ def run(arguments: argparse.Namespace) -> int:
     del arguments
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
-        template = template_from(os.environ)
-        asyncio.run(_main(template))
-    except (WebhookSettingsError, OSError) as error:
+        settings = read(WebhookSettings, os.environ)
+        asyncio.run(_main(settings, template_in(settings.injection_template)))
+    except (SettingsError, OSError) as error:
         print(f"behest webhook: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-async def _main(template: Template) -> None:
+async def _main(settings: WebhookSettings, template: Template) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     logger.info("injecting the sidecar %s, template %s", template.image, template.hash)
     await run_server(
         template,
-        Path(os.environ.get("BEHEST_WEBHOOK_TLS_DIR", "/etc/behest-webhook")),
-        bind=os.environ.get("BEHEST_WEBHOOK_BIND", "0.0.0.0:9443"),
-        probe_bind=os.environ.get("BEHEST_WEBHOOK_PROBE_BIND", "0.0.0.0:9081"),
+        Path(settings.webhook_tls_dir),
+        bind=settings.webhook_bind,
+        probe_bind=settings.webhook_probe_bind,
         stop=stop,
     )

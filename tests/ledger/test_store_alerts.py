@@ -24,7 +24,8 @@ async def spend(books: Books, output: int, **who: Any) -> None:
 async def told(books: Books) -> list[tuple[str, int, str]]:
     """(budget, percent, subject) of all alerts so far, after the keeper has looked."""
     await books.connection.fetchrow("SELECT * FROM ledger.tell_alerts_v1(100)")
-    found = await alerts_since(books.connection, TENANT, LONG_AGO)
+    budgets = await books.connection.fetch("SELECT tenant_id, budget_id FROM ledger.budget")
+    found = await alerts_since(books.connection, {(row["tenant_id"], row["budget_id"]): LONG_AGO for row in budgets})
     return [(alert.budget.removeprefix("demo/"), alert.percent, "/".join(alert.subject)) for alert in found]
 
 
@@ -39,10 +40,13 @@ def test_a_threshold_is_told_once_and_the_next_one_when_it_is_reached(dsn: str) 
         assert await told(books) == [("money", 50, "")]
         await spend(books, 49)
         assert sorted(await told(books)) == [("money", 50, ""), ("money", 80, ""), ("money", 100, "")]
-        (first, *_) = await alerts_since(books.connection, TENANT, LONG_AGO, budget_id="demo/money")
+        (first, *_) = await alerts_since(books.connection, {(TENANT, "demo/money"): LONG_AGO})
         assert (first.unit, first.used, first.limit) == ("usd", "500", "1000")
-        assert await alerts_since(books.connection, TENANT, LONG_AGO, budget_id="demo/other") == []
-        assert await alerts_since(books.connection, "other", LONG_AGO) == []
+        later = {(TENANT, "demo/money"): first.reached_at}
+        assert [alert.percent for alert in await alerts_since(books.connection, later)] == [80, 100]
+        assert [alert.percent for alert in await alerts_since(books.connection, later, limit=1)] == [80]
+        assert await alerts_since(books.connection, {(TENANT, "demo/other"): LONG_AGO}) == []
+        assert await alerts_since(books.connection, {("other", "demo/money"): LONG_AGO}) == []
         assert await books.count("alert_due") == 0
 
     keep_books(dsn, work)

@@ -35,7 +35,7 @@ from behest_ledger.configuration.state import ConfigurationState, StoredBudget, 
 from behest_ledger.configuration.status import BudgetStatus
 from behest_ledger.store.errors import LedgerConflictError, mapped
 from behest_ledger.store.pool import Connection, connect
-from behest_ledger.store.reports import budget_status
+from behest_ledger.store.reports import budget_statuses
 
 _LOCK_KEY = 0x6265_6863  # "behc": one change of the configuration at a time per database
 _ATTEMPTS_MAX = 5
@@ -238,7 +238,16 @@ async def read_budgets(
         async with _snapshot(connection) as reader:
             rows = await reader.fetch(_READ_BUDGETS, tenant_id, namespace)
             budgets = [budget.record for budget in map(_budget, rows) if not budget.deleted]
-            return [await budget_status(reader, record) for record in budgets]
+            return await budget_statuses(reader, budgets)
+
+
+async def namespace_has_projects(connection: Connection, namespace: str) -> bool:
+    """Whether any Project of a namespace is left."""
+    with mapped():
+        found: bool = await connection.fetchval(
+            "SELECT EXISTS (SELECT FROM ledger.project WHERE namespace = $1)", namespace
+        )
+    return found
 
 
 @asynccontextmanager

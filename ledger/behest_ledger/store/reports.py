@@ -1,5 +1,6 @@
 """What people ask the books: who spent what, what is left, what runs now."""
 
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -120,52 +121,62 @@ async def budgets_of(connection: Connection, tenant_id: str, attributes: dict[st
 
 
 _READ_WINDOWS = """
-SELECT s.subject::text AS subject, w.spent::text AS spent, (w.held + w.suspense)::text AS held,
-       total.active, total.exhausted, total.spent::text AS all_spent, total.held::text AS all_held,
-       total.overrun::text AS all_overrun, total.remaining::text AS remaining, total.most_used::text AS most_used,
-       total.ends_at
-FROM (
-    SELECT count(*) AS active, sum(spent) AS spent, sum(held + suspense) AS held, sum(overrun) AS overrun,
-           min(CASE WHEN ceiling IS NULL THEN limit_amount - spent - held - suspense
-               ELSE greatest(limit_amount - spent - held - suspense, 0) END) AS remaining,
-           max(spent + overrun) AS most_used, max(ends_at) AS ends_at,
-           count(*) FILTER (WHERE ceiling IS NOT NULL
-               AND limit_amount - spent - held - suspense < $3::text::numeric) AS exhausted
-    FROM ledger.budget_subject JOIN ledger.budget_window USING (tenant_id, budget_id, window_id)
-    WHERE tenant_id = $1 AND budget_id = $2 AND (ends_at IS NULL OR ends_at > clock_timestamp())
-) AS total
-LEFT JOIN ledger.budget_subject s ON s.tenant_id = $1 AND s.budget_id = $2
-JOIN ledger.budget_window w ON w.tenant_id = $1 AND w.window_id = s.window_id
-WHERE w.ends_at IS NULL OR w.ends_at > clock_timestamp()
-ORDER BY w.spent + w.held + w.suspense DESC, s.subject LIMIT 5
+WITH wanted AS (
+    SELECT * FROM unnest($1::text[], $2::text[], $3::text[]) WITH ORDINALITY AS b (tenant_id, budget_id, spare, number)
+), windows AS (
+    SELECT b.number, s.subject, w.spent, w.held + w.suspense AS held, w.overrun, w.ends_at, w.ceiling,
+           w.limit_amount - w.spent - w.held - w.suspense AS free, b.spare::numeric AS spare,
+           row_number() OVER (PARTITION BY b.number ORDER BY w.spent + w.held + w.suspense DESC, s.subject) AS place
+    FROM wanted b JOIN ledger.budget_subject s USING (tenant_id, budget_id)
+    JOIN ledger.budget_window w USING (tenant_id, budget_id, window_id)
+    WHERE w.ends_at IS NULL OR w.ends_at > clock_timestamp()
+)
+SELECT number, count(*) AS active, sum(spent)::text AS spent, sum(held)::text AS held, sum(overrun)::text AS overrun,
+       min(CASE WHEN ceiling IS NULL THEN free ELSE greatest(free, 0) END)::text AS remaining,
+       max(spent + overrun)::text AS most_used, max(ends_at) AS ends_at,
+       count(*) FILTER (WHERE ceiling IS NOT NULL AND free < spare) AS exhausted,
+       array_agg(ARRAY[subject::text, spent::text, held::text] ORDER BY place) FILTER (WHERE place <= 5) AS biggest
+FROM windows GROUP BY number
 """
 
 
-async def budget_status(connection: Connection, record: BudgetRecord) -> BudgetStatus:
-    """How a budget stands: its current windows summed up, and the five biggest of them.
+async def budget_statuses(connection: Connection, records: Sequence[BudgetRecord]) -> list[BudgetStatus]:
+    """How budgets stand, in their order: current windows summed up, and the five biggest of them. One query for all.
 
     Raises `LedgerUnavailableError`.
     """
     with mapped():
         rows = await connection.fetch(
-            _READ_WINDOWS, record.tenant_id, record.budget_id, str(spare_amount(record.unit, record.limit_amount))
+            _READ_WINDOWS,
+            [record.tenant_id for record in records],
+            [record.budget_id for record in records],
+            [str(spare_amount(record.unit, record.limit_amount)) for record in records],
         )
-    if not rows:
+    by_number = {row["number"]: row for row in rows}
+    return [_status(record, by_number.get(number)) for number, record in enumerate(records, 1)]
+
+
+async def budget_status(connection: Connection, record: BudgetRecord) -> BudgetStatus:
+    """How one budget stands. Raises `LedgerUnavailableError`."""
+    return (await budget_statuses(connection, [record]))[0]
+
+
+def _status(record: BudgetRecord, row: Any) -> BudgetStatus:
+    if row is None:
         return BudgetStatus(record=record, remaining=record.limit_amount)
-    first = rows[0]
     return BudgetStatus(
         record=record,
-        spent=int(first["all_spent"]),
-        held=int(first["all_held"]),
-        overrun=int(first["all_overrun"]),
-        remaining=int(first["remaining"]),
-        active=first["active"],
-        exhausted=first["exhausted"],
-        most_used=int(first["most_used"]),
-        window_ends_at=first["ends_at"],
+        spent=int(row["spent"]),
+        held=int(row["held"]),
+        overrun=int(row["overrun"]),
+        remaining=int(row["remaining"]),
+        active=row["active"],
+        exhausted=row["exhausted"],
+        most_used=int(row["most_used"]),
+        window_ends_at=row["ends_at"],
         biggest=[
-            SubjectStatus(subject=_subject(row["subject"]), spent=int(row["spent"]), held=int(row["held"]))
-            for row in rows
+            SubjectStatus(subject=_subject(subject), spent=int(spent), held=int(held))
+            for subject, spent, held in row["biggest"]
         ],
     )
 
@@ -190,23 +201,24 @@ class Alert(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def alerts_since(
-    connection: Connection, tenant_id: str, since: datetime, *, budget_id: str | None = None, limit: int = 1000
+    connection: Connection, since: Mapping[tuple[str, str], datetime], *, limit: int = 1000
 ) -> list[Alert]:
-    """The thresholds of a tenant's budgets that were reached at a time or later, the oldest first.
+    """The thresholds of budgets that were reached after a time, the oldest first.
 
-    Raises `LedgerUnavailableError`.
+    `since` has that time for each budget, (tenant, budget's id). Raises `LedgerUnavailableError`.
     """
     with mapped():
         rows = await connection.fetch(
             """
             SELECT a.budget_id AS budget, a.subject::text AS subject, b.unit, a.percent, a.used::text,
                    a.limit_amount::text AS "limit", a.reached_at
-            FROM ledger.budget_alert a JOIN ledger.budget b USING (tenant_id, budget_id)
-            WHERE a.tenant_id = $1 AND a.reached_at >= $2 AND ($3::text IS NULL OR a.budget_id = $3)
+            FROM unnest($1::text[], $2::text[], $3::timestamptz[]) AS s (tenant_id, budget_id, since)
+            JOIN ledger.budget_alert a USING (tenant_id, budget_id) JOIN ledger.budget b USING (tenant_id, budget_id)
+            WHERE a.reached_at > s.since
             ORDER BY a.reached_at, a.budget_id, a.window_id, a.percent LIMIT $4""",
-            tenant_id,
-            since,
-            budget_id,
+            [tenant_id for tenant_id, _ in since],
+            [budget_id for _, budget_id in since],
+            list(since.values()),
             limit,
         )
     return [msgspec.convert({**row, "subject": _subject(row["subject"])}, Alert) for row in map(dict, rows)]
