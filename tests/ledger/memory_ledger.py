@@ -320,7 +320,10 @@ class MoneyLedger(LeasedWindows):
 
     def _move_in(self, window: Window, charges: list[tuple[Key, int, int, str]]) -> None:
         released = sum(max(held - due, 0) for _, due, held, _ in charges)
+        beyond = sum(max(due - held, 0) for _, due, held, _ in charges)
         room = max(window.limit - window.balance + released, 0)
+        if window.ceiling is not None and beyond > room and self.recall(window, 0):
+            room = max(window.limit - window.balance + released, 0)
         for (_, request), due, held, account in charges:
             from_hold = min(due, held)
             excess = due - from_hold

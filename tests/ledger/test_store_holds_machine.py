@@ -225,6 +225,8 @@ class Bookkeeping(RuleBasedStateMachine):
             due = in_unit(key[0], input_tokens, output_tokens, 1) if sent else 0
             window.held -= held
             window.live -= 1
+            if max(due - held, 0) > max(window.left - min(due, held), 0) and window.free > 0:
+                window.lease(0)
             from_room = min(max(due - held, 0), max(window.left - min(due, held), 0))
             window.spent += min(due, held) + from_room
             window.overrun += max(due - held, 0) - from_room

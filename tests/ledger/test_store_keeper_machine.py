@@ -242,6 +242,11 @@ class Keeping(RuleBasedStateMachine):
             else:
                 window.suspense -= amount
             window.live -= 1
+            if in_unit(name, *used) > max(window.left, 0):
+                # Nothing is an overrun that money in leases could pay.
+                for holder, free in window.free.items():
+                    if free:
+                        window.lease(holder, 0)
             window.charge(in_unit(name, *used))
         hold.state, hold.charged = ended, used
 

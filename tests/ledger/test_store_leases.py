@@ -290,6 +290,28 @@ def test_nobody_is_refused_while_leases_have_what_is_lacking(dsn: str) -> None:
     keep_books(dsn, work)
 
 
+def test_nothing_is_an_overrun_that_money_in_leases_can_pay(dsn: str) -> None:
+    async def work(books: Books) -> None:
+        await books.budget("money", 10_000)
+        sidecar = await Sidecar.start(books)
+        window = await _opened(books, sidecar)
+        one = await sidecar.admitted(need=10)
+        assert await sidecar.lease({window.window_id: 1000}) == {window.window_id: 1000}
+        rest = await sidecar.admitted(need=890)
+        assert (await books.window("money")).held == 10_000
+        # 700 are free in the lease, and the provider counted 300 more than it was held for.
+        assert await _leases(books) == [(1000, 0)]
+        assert await books.settle(settlement(one, output=40)) == ["settled"]
+        assert await _leases(books) == [(0, 0)]
+        window = await books.window("money")
+        assert (window.spent, window.held, window.overrun) == (400, 8900, 0)
+        # What not even they can pay is one still.
+        assert await books.settle(settlement(rest, output=970)) == ["settled!"]
+        assert (await books.window("money")).overrun == 100
+
+    keep_books(dsn, work)
+
+
 def test_a_lease_in_use_at_this_moment_is_passed_over_and_never_waited_for(dsn: str) -> None:
     async def work(books: Books) -> None:
         await books.budget("money", 400)

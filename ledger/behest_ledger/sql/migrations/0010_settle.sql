@@ -46,6 +46,9 @@ DECLARE
     v_late_tenants text[];
     v_late_months date[];
     v_late uuid[];
+    v_window_tenants text[];                    -- of the windows that are locked
+    v_windows bigint[];
+    v_short record;                             -- a window that cannot pay what goes beyond its holds
     v_overrun uuid[];
     v_unknown integer;
     v_tombstones integer;
@@ -85,13 +88,36 @@ BEGIN
                           AND h.request_id = i.request_id
         ORDER BY i.tenant_id, i.request_id FOR UPDATE OF h) AS k;
 
-    PERFORM FROM ledger.budget_window w
-    WHERE (w.tenant_id, w.window_id) IN (
-        SELECT l.tenant_id, l.window_id
-        FROM unnest(v_tenants || v_late_tenants, v_months || v_late_months, v_requests || v_late)
-            AS i (tenant_id, month, request_id)
-        JOIN ledger.hold_line l ON l.tenant_id = i.tenant_id AND l.month = i.month AND l.request_id = i.request_id)
-    ORDER BY w.tenant_id, w.window_id FOR UPDATE;
+    SELECT array_agg(k.tenant_id), array_agg(k.window_id) INTO v_window_tenants, v_windows
+    FROM (
+        SELECT w.tenant_id, w.window_id FROM ledger.budget_window w
+        WHERE (w.tenant_id, w.window_id) IN (
+            SELECT l.tenant_id, l.window_id
+            FROM unnest(v_tenants || v_late_tenants, v_months || v_late_months, v_requests || v_late)
+                AS i (tenant_id, month, request_id)
+            JOIN ledger.hold_line l ON l.tenant_id = i.tenant_id AND l.month = i.month AND l.request_id = i.request_id)
+        ORDER BY w.tenant_id, w.window_id FOR UPDATE) AS k;
+
+    -- Nothing is an overrun that money in leases could pay: what is free in them comes back first.
+    IF EXISTS (SELECT FROM unnest(v_window_tenants, v_windows) AS k (tenant_id, window_id)
+               JOIN ledger.lease l ON l.tenant_id = k.tenant_id AND l.window_id = k.window_id WHERE l.free > 0) THEN
+        FOR v_short IN
+            SELECT l.tenant_id, l.window_id
+            FROM unnest(v_tenants, v_months, v_requests, v_amounts, v_inputs, v_outputs, v_counts)
+                AS i (tenant_id, month, request_id, amount_pico, input_tokens, output_tokens, requests)
+            JOIN ledger.hold_line l ON l.tenant_id = i.tenant_id AND l.month = i.month AND l.request_id = i.request_id
+            JOIN ledger.budget_window w ON w.tenant_id = l.tenant_id AND w.window_id = l.window_id
+            CROSS JOIN LATERAL (SELECT ledger.charge_in_unit_v1(
+                w.unit, w.token_kind, i.amount_pico, i.input_tokens, i.output_tokens, i.requests) AS due) AS c
+            WHERE w.ceiling IS NOT NULL
+            GROUP BY l.tenant_id, l.window_id, w.limit_amount, w.spent, w.held, w.suspense
+            HAVING sum(greatest(c.due - l.held, 0))
+                 > greatest(w.limit_amount - w.spent - w.held - w.suspense + sum(greatest(l.held - c.due, 0)), 0)
+            ORDER BY l.tenant_id, l.window_id
+        LOOP
+            PERFORM ledger.recall_leases_v1(v_short.tenant_id, v_short.window_id, 0);
+        END LOOP;
+    END IF;
 
     -- Split every charge: from the hold, from the window's room in the order of the requests' ids, beyond it. By the
     -- same numbers the postings are made and the balances moved. One statement may do both: those before it locked all
