@@ -47,6 +47,8 @@ class Template(msgspec.Struct, frozen=True, kw_only=True):
     memory_limit: str | None = "512Mi"
     journal_size: str = "256Mi"
     drain_seconds: int = 25
+    database_pooler: str = "none"
+    """What is between sidecars and PostgreSQL: `none`, `transaction` or `session` (PgBouncer's `pool_mode`)."""
     default_project: str | None = None
     """Of pods that name none; absent: such a pod is refused."""
 
@@ -207,6 +209,8 @@ def _container(pod: Pod, namespace: str, settings: _Settings) -> Pod:
         "BEHEST_WORKLOAD_PROJECT": settings.project,
         "BEHEST_WORKLOAD_LABELS": json.dumps(labels, sort_keys=True, separators=(",", ":")),
     }
+    if template.database_pooler != "none":
+        plain["BEHEST_DATABASE_POOLER"] = template.database_pooler
     if settings.by_workload:
         plain["BEHEST_POD_BIND"] = f"127.0.0.1:{template.pod_port}"
     environment: list[Pod] = [{"name": name, "value": value} for name, value in plain.items()]

@@ -22,6 +22,7 @@ MATRIX: dict[str, tuple[str, ...]] = {
     "external database behind PgBouncer": (
         *_EXTERNAL,
         "database.external.sidecarURL=postgresql://pgbouncer.db.svc:6432/behest",
+        "database.external.sidecarPooler=transaction",
         "database.external.secretKey=dsn",
     ),
     "gateway": (*_GATEWAY, "gateway.providerKeysSecretName=null", "gateway.service.annotations.a/b=c"),
@@ -55,6 +56,7 @@ _LITERAL = {"gateway.providerKeysSecretName", "masterKey.secretName", "masterKey
 WRONG: dict[tuple[str, ...], str] = {
     ("database.external.secretName=ledger",): "set trial.enabled to false, or leave external.secretName empty",
     ("database.trial.enabled=false",): "name the Secret with the ledger's DSN in database.external.secretName, or set",
+    (*_EXTERNAL, "database.external.sidecarPooler=session"): "set database.external.sidecarURL too",
     ("database.external.sidecarURL=postgresql://db/behest",): "set database.external.secretName too",
     (*_EXTERNAL, "database.external.sidecarURL=postgresql://u:p@db/behest"): "/database/external/sidecarURL",
     ("namespaces={shop,kube-system}",): "kube-system is never looked after: take it out of the list",

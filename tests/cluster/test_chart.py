@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -10,7 +11,7 @@ import msgspec
 import pytest
 import yaml
 
-from behest_operator.sidecar import Template
+from behest_operator.sidecar import Template, patch
 from cluster.binaries import ProgramMissing
 from cluster.chart import CHART, MATRIX, WRONG, as_list, documents, flags, pod_templates, rendered
 from cluster.control_plane import CommandFailed, ControlPlane
@@ -23,6 +24,10 @@ FOREIGN = {
     "podmonitors.monitoring.coreos.com": ("v1", "PodMonitor"),
 }
 """Kinds of others that the chart makes objects of."""
+POOLED = (
+    "database.trial.enabled=false,database.external.secretName=ledger,"
+    "database.external.sidecarURL=postgresql://pool/behest,database.external.sidecarPooler=transaction"
+)
 LONG = "a-release-whose-name-is-as-long-as-helm-can-bear-it"
 EVERYTHING = {**MATRIX, "a long name": ("gateway.enabled=true",), "a name that is a boolean": ("gateway.enabled=true",)}
 
@@ -224,13 +229,29 @@ def test_the_notes_are_commands_that_work(control_plane: ControlPlane, settings:
     assert re.findall(r"^(\w+)\.behest\.ai/", answer, re.MULTILINE) == ["project", "upstream", "budget"]
     patches = re.findall(r"--patch '(.*?)'", text, re.DOTALL)
     assert bool(patches) == ("webhook.enabled=false" not in settings)
-    for patch in patches:
-        app = json.loads(patch)["spec"]["template"]["metadata"]
+    for shown in patches:
+        app = json.loads(shown)["spec"]["template"]["metadata"]
         assert app["labels"] == {"behest.ai/inject": "true"}
         assert app["annotations"] == {"behest.ai/project": "shop"}
     for secret in re.findall(r"Secret (shop-\S+)\:", text):
         assert control_plane.get("project", "shop", namespace)["spec"]["apiKeySecretName"] == secret
     assert ("v1/auth/mint" in text) == ("gateway.enabled=true" in settings)
+
+
+def test_the_guides_resources_and_pod_are_taken_as_they_are_shown(control_plane: ControlPlane) -> None:
+    namespace = control_plane.namespace("guide")
+    install_crds(control_plane)
+    guide = (CHART.parents[2] / "docs" / "kubernetes.md").read_text()
+    (manifests,) = re.findall(r"```yaml\n(.*?)```", guide, re.DOTALL)
+    assert "budget.behest.ai/shop created" in control_plane.apply(manifests, namespace=namespace)
+    (command,) = re.findall(r"kubectl (run .*?)\n(?=kubectl)", guide, re.DOTALL)
+    arguments = shlex.split(command.replace("\\\n", " ").replace("-n shop ", f"-n {namespace} "))
+    end = arguments.index("--")
+    shown = control_plane.kubectl(*arguments[:end], "--dry-run=server", "--output=json", *arguments[end:])
+    pod = json.loads(shown)
+    assert pod["metadata"]["labels"]["behest.ai/inject"] == "true"
+    added = {item["path"] for item in patch(pod, namespace=namespace, template=Template(image="behest"))}
+    assert "/spec/initContainers" in added
 
 
 def template_of(plane: ControlPlane, *settings: str) -> tuple[Template, str]:
@@ -253,7 +274,7 @@ def test_a_changed_sidecar_is_seen_on_the_webhooks_pods_and_on_its_own(control_p
         "sidecar.adminPort=9002", "sidecar.logLevel=debug", "sidecar.drainSeconds=5", "sidecar.journalSize=1Gi",
         "sidecar.defaultProject=shop",
         "sidecar.resources.limits.cpu=2", "sidecar.resources.limits.memory=null", "sidecar.resources.requests.cpu=1",
-        "sidecar.resources.requests.memory=1Gi",
+        "sidecar.resources.requests.memory=1Gi", POOLED,
     ):  # fmt: skip
         other, its_mark = template_of(control_plane, change)
         assert (other.hash, its_mark) not in seen, change

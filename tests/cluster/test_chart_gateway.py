@@ -6,6 +6,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -226,3 +227,28 @@ def test_what_the_gateway_signs_outlives_its_pod(
         assert spend(client, answers=1) == (WORDS, None)
     finally:
         again.stop()
+
+
+def test_helm_test_looks_at_the_books(control_plane: ControlPlane, release: Release, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(1) as beside:
+        answer = beside.submit(
+            control_plane.helm, "test", "g", "--namespace", release.namespace, "--timeout", "60s", "--debug"
+        )
+
+        def there() -> Pod | None:
+            try:
+                return Pod(control_plane, "g-test-ledger", release.namespace, tmp_path, IMAGES)
+            except CommandFailed:
+                (tmp_path / f"{release.namespace}-g-test-ledger").rmdir()
+                return None
+
+        pod: Pod = eventually(there, what="the pod of the test")
+        pod.start()
+        container = pod.containers["verify"]
+        assert container.process.wait(60) == 0, container.text()
+        # What a kubelet would say.
+        control_plane.kubectl(
+            "patch", "pod", "g-test-ledger", "--namespace", release.namespace, "--subresource=status", "--type=merge",
+            "--patch", '{"status": {"phase": "Succeeded"}}',
+        )  # fmt: skip
+        assert "Phase:          Succeeded" in answer.result(60)

@@ -49,6 +49,12 @@ def test_the_sidecar_is_the_first_init_container_and_never_ends_before_the_other
     assert [(item["name"], item.get("restartPolicy")) for item in found] == [("behest", "Always"), ("prepare", None)]
 
 
+def test_a_sidecar_behind_a_pooler_is_told_so_and_another_is_told_nothing() -> None:
+    pooled = Template(image="behest", database_pooler="transaction")
+    assert environment(injected(pod(), pooled)["spec"]["initContainers"][0])["BEHEST_DATABASE_POOLER"] == "transaction"
+    assert "BEHEST_DATABASE_POOLER" not in environment(injected(pod())["spec"]["initContainers"][0])
+
+
 def test_the_containers_learn_where_the_sidecar_is() -> None:
     found = injected(pod(initContainers=[{"name": "prepare", "image": "x"}]))["spec"]
     for container in (found["containers"][0], found["initContainers"][1]):

@@ -94,6 +94,9 @@ affinity: {{- toYaml . | nindent 2 }}
 {{- if not (or .Values.database.trial.enabled $external.secretName) -}}
 {{- fail "database: name the Secret with the ledger's DSN in database.external.secretName, or set database.trial.enabled" -}}
 {{- end -}}
+{{- if and (ne $external.sidecarPooler "none") (not $external.sidecarURL) -}}
+{{- fail "database.external.sidecarPooler: is what stands at sidecarURL: set database.external.sidecarURL too" -}}
+{{- end -}}
 {{- if and $external.sidecarURL (not $external.secretName) -}}
 {{- fail "database.external.sidecarURL: is for a database of your own: set database.external.secretName too, or leave it empty" -}}
 {{- end -}}
