@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -43,3 +44,13 @@ def test_operator_is_the_standard_librarys_also_without_site_packages(repository
 
 def test_the_tests_need_nothing_from_outside_of_the_repository(repository: Path) -> None:
     assert not [path for path in (repository / "tests").rglob("*") if path.is_symlink()]
+
+
+def test_every_folder_of_tests_is_run_by_make_test_or_has_a_command_of_its_own(repository: Path) -> None:
+    project = tomllib.loads((repository / "pyproject.toml").read_text())
+    run = set(project["tool"]["pytest"]["ini_options"]["testpaths"])
+    makefile = (repository / "Makefile").read_text()
+    for folder in sorted({path.parent for path in (repository / "tests").rglob("test_*.py")}):
+        name = folder.relative_to(repository).as_posix()
+        if folder != repository / "tests":
+            assert name in run or f"pytest {name}" in makefile, f"nobody runs {name}"
