@@ -1,5 +1,6 @@
 """Holds and settlements as values: what a sidecar asks of the books, and what they answer."""
 
+from datetime import datetime
 from typing import Any, Literal
 from uuid import UUID
 
@@ -49,6 +50,16 @@ class Refused(msgspec.Struct, frozen=True, kw_only=True):
     name: str = ""
 
 
+class Rate(msgspec.Struct, frozen=True, kw_only=True):
+    """How a rate of the caller's tier stands, this request included."""
+
+    unit: str
+    """requests or tokens."""
+    limit: int
+    remaining: int
+    resets_at: datetime | None = None
+
+
 class Granted(msgspec.Struct, frozen=True, kw_only=True):
     """Output tokens that are held now and may be forwarded."""
 
@@ -59,6 +70,8 @@ class Granted(msgspec.Struct, frozen=True, kw_only=True):
     """What is held in each of them, in its unit."""
     bound_by: Refused | None = None
     """The window that granted less than the wish, with its balances before this hold."""
+    rates: tuple[Rate, ...] = ()
+    """The rates of the tier that the request was admitted under."""
 
 
 class Gone(msgspec.Struct, frozen=True):

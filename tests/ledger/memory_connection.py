@@ -30,12 +30,12 @@ class Statements:
             call = self._known[query] = getattr(self, f"_{name}")
         return call(*arguments)
 
-    def _admit_batch_v1(self, holder: UUID, items: str) -> list[Row]:
+    def _admit_batch_v1(self, holder: UUID, items: str, _tenants: object = None) -> list[Row]:
         decoded: list[dict[str, Any]] = msgspec.json.decode(items)
         for item in decoded:
             item["request_id"] = UUID(item["request_id"])
         rows = self.ledger.admit_batch_v1(holder, decoded)
-        return [{"request_id": row["request_id"], "answer": _json(row["answer"])} for row in rows]
+        return [{"request_id": row["request_id"], "answer": _json(row["answer"]), "rates": "[]"} for row in rows]
 
     def _extend_batch_v1(self, *arguments: Any) -> list[Row]:
         rows = self.ledger.extend_batch_v1(*arguments)

@@ -42,7 +42,7 @@ def test_help_lists_every_command_with_its_line(capsys: pytest.CaptureFixture[st
     assert cli.main(["--help"]) == 0
     shown = capsys.readouterr().out
     for name, command in {**cli.COMMANDS, **cli.EXTRAS}.items():
-        assert f"  {name:<10} {command.help}" in shown
+        assert f"  {name:<14} {command.help}" in shown
     assert max(map(len, shown.splitlines())) <= 100
 
 

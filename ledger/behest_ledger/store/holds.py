@@ -8,7 +8,7 @@ from uuid import UUID
 
 import msgspec
 
-from behest_ledger.holds import Admission, Answer, Extension, Gone, Granted, Refused, Settlement
+from behest_ledger.holds import Admission, Answer, Extension, Gone, Granted, Rate, Refused, Settlement
 from behest_ledger.store.errors import LedgerConflictError, mapped
 from behest_ledger.store.pool import Connection, asking
 
@@ -17,6 +17,13 @@ Result = Literal["settled", "already", "corrected", "unknown"]
 
 ADMIT_ATTEMPTS_MAX = 3
 """A conflict moved nothing, so an admission is asked again; after this many it fails."""
+
+_ADMIT_ONLY = "SELECT request_id, answer::text FROM ledger.admit_batch_v1($1, $2::text::jsonb)"
+_ADMIT_AND_TELL = """
+WITH admitted AS MATERIALIZED (SELECT * FROM ledger.admit_batch_v1($1, $2::text::jsonb))
+SELECT request_id, answer::text, ledger.rates_of_v1(
+    $3, ARRAY(SELECT jsonb_array_elements_text(answer -> 'windows')::bigint))::text AS rates FROM admitted
+"""
 
 _NUL = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")
 
@@ -54,13 +61,21 @@ async def admit_batch(pool: Connection, admissions: Sequence[Admission]) -> dict
 
 async def _admit_batch(pool: Connection, admissions: Sequence[Admission]) -> dict[UUID, Answer]:
     (holder_id,) = {admission.holder_id for admission in admissions}
+    # Who has a tier is told its rates: looked up in the same round trip, and for nobody else.
+    tenants = sorted({admission.tenant_id for admission in admissions if admission.attributes.get("tier")})
+    query, more = (_ADMIT_AND_TELL, [tenants]) if tenants else (_ADMIT_ONLY, [])
     async with asking(pool) as connection:
-        rows = await connection.fetch(
-            "SELECT request_id, answer::text FROM ledger.admit_batch_v1($1, $2::text::jsonb)",
-            holder_id,
-            _jsonb(admissions),
-        )
-    return {row["request_id"]: answer_from_json(row["answer"]) for row in rows}
+        rows = await connection.fetch(query, holder_id, _jsonb(admissions), *more)
+    return {
+        row["request_id"]: _with_rates(answer_from_json(row["answer"]), row["rates"] if tenants else "[]")
+        for row in rows
+    }
+
+
+def _with_rates(answer: Answer, rates: str) -> Answer:
+    if rates == "[]" or not isinstance(answer, Granted):
+        return answer
+    return msgspec.structs.replace(answer, rates=msgspec.json.decode(rates, type=tuple[Rate, ...], strict=False))
 
 
 async def extend(pool: Connection, extensions: Sequence[Extension], *, shares: int) -> dict[UUID, Answer]:

@@ -31,6 +31,18 @@ def upstream_place(qualified_name: str) -> str:
     return f"upstream:{qualified_name}"
 
 
+def project_place(project_id: str, provider: str) -> str:
+    """The place of a project's own key for a provider."""
+    return f"project:{project_id}:{provider}"
+
+
+def project_of_place(place: str) -> tuple[str, str] | None:
+    """Project and provider of a project's own key; None: the key is something else's."""
+    kind, _, rest = place.partition(":")
+    project_id, _, provider = rest.partition(":")
+    return (project_id, provider) if kind == "project" and provider else None
+
+
 async def put_key(connection: Connection, *, tenant_id: str, place: str, secret: str, key: bytes) -> bool:
     """Seal and write a provider's key. False: it is there already, as it is.
 

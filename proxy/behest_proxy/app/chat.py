@@ -75,7 +75,9 @@ class ChatCompletions:
         model = self._model_for(project, request, caller)
         input_count = count_input(request, model.counter, model.facts)
         hold = plan(request, model.facts, model.rates, input_count, upstream_streams=_streams(model))
-        provider_key = gateway.provider_keys.of(model.route.upstream)
+        provider_key = gateway.provider_keys.of(
+            model.route.upstream, project_id=project.project_id, provider=_provider(gateway, model.route)
+        )
         client = client_stream(scope, receive, send)
         admission = _admission(gateway, context, caller, session, project, model, hold)
         input_counts = TokenCounts(input=input_count.best_tokens)
@@ -163,6 +165,12 @@ def _rates(gateway: Gateway, found: Route, request: ChatRequest, facts: ModelFac
             param="messages",
         )
     return rates
+
+
+def _provider(gateway: Gateway, found: Route) -> str:
+    """Whose key a project would bring: the price book's id, for an address it does not know the Upstream's name."""
+    of_address = gateway.book.provider_for_url(found.upstream.spec.base_url) if gateway.book is not None else None
+    return found.provider or of_address or found.upstream.name
 
 
 def _chosen(context: Mapping[str, str]) -> dict[str, str]:

@@ -7,6 +7,7 @@ stopped and the books are written. It decides nothing itself.
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from behest_ledger.charging import Outcome
@@ -34,6 +35,7 @@ from behest_proxy.actions import (
 from behest_proxy.app.client_stream import ClientStream
 from behest_proxy.app.context import RequestContext
 from behest_proxy.app.memory import Trace
+from behest_proxy.app.rates import rate_headers
 from behest_proxy.errors import ShownError
 from behest_proxy.exchange import Exchange
 from behest_proxy.sse import KEEP_ALIVE
@@ -122,6 +124,7 @@ class Conduct:
         except LedgerError as error:
             logger.warning("admission of %s: %s", self._context.request_id, error)
             answer = None
+        self._context.rate_headers = rate_headers(answer, datetime.now(UTC))
         if isinstance(answer, Granted):
             self._grant = answer
             self._granted_tokens = answer.output_tokens

@@ -19,7 +19,7 @@ EXPOSED_HEADERS = b"x-trace-id, x-request-id, retry-after, x-ratelimit-*, x-behe
 class RequestContext:
     """Made by the border, found by everybody else in the scope."""
 
-    __slots__ = ("allow_origin", "by_pod", "host", "host_project", "origin", "request_id", "trace_id")
+    __slots__ = ("allow_origin", "by_pod", "host", "host_project", "origin", "rate_headers", "request_id", "trace_id")
 
     def __init__(self, headers: Iterable[tuple[bytes, bytes]], *, by_pod: bool = False) -> None:
         self.by_pod = by_pod
@@ -31,6 +31,8 @@ class RequestContext:
         self.host = b""
         self.host_project: ProjectEntry | None = None
         """The project whose slug the request's host is; only its tokens and API keys are good here."""
+        self.rate_headers: list[tuple[bytes, bytes]] = []
+        """How the rates of the caller's tier stand, once the ledger has said so."""
         self.allow_origin = False
         """Whether a script of that origin may read the answer."""
         for name, value in headers:
@@ -47,7 +49,7 @@ class RequestContext:
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         """The headers that every answer carries."""
-        headers = [(b"x-request-id", str(self.request_id).encode()), (b"x-trace-id", self.trace_id)]
+        headers = [(b"x-request-id", str(self.request_id).encode()), (b"x-trace-id", self.trace_id), *self.rate_headers]
         if self.origin:
             headers.append((b"vary", b"origin"))
             if self.allow_origin:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from behest_ledger.configuration.snapshot import UpstreamEntry
 from behest_ledger.sealing import SealingError, tenant_key
-from behest_ledger.store.provider_keys import SealedKey, upstream_place
-from behest_proxy.errors import ServerError
+from behest_ledger.store.provider_keys import SealedKey, project_place, upstream_place
+from behest_proxy.errors import InvalidRequest, ServerError
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +34,20 @@ class ProviderKeys:
                 logger.warning("the key of %s cannot be opened: %s", item.place, error)
         self._opened = opened
 
-    def of(self, upstream: UpstreamEntry) -> str | None:
-        """The key for an upstream; None: it needs none. Raises `ServerError` where it needs one that is not there."""
+    def of(self, upstream: UpstreamEntry, *, project_id: str, provider: str) -> str | None:
+        """The key for an upstream that a project calls; None: it needs none.
+
+        Raises `ServerError` where it needs one that is not there, and `InvalidRequest` where that is the project's.
+        """
+        if upstream.spec.byok:
+            own = self._opened.get((upstream.tenant_id, project_place(project_id, provider)))
+            if own is not None:
+                return own
+            if upstream.spec.credentials is None:
+                raise InvalidRequest(
+                    f"this project has no key of its own for {provider}", code="no_provider_key", param="model"
+                )
+        # Of a `byok` upstream what its manifest names is its owner's too.
         credentials = upstream.spec.credentials
         if credentials is None:
             return None

@@ -1,5 +1,6 @@
 """The demo that `behest up` sets up: its secrets, its manifests, and the steps that write them to the ledger."""
 
+import base64
 import datetime as dt
 import ipaddress
 import json
@@ -88,6 +89,21 @@ async def configure(demo: Demo) -> None:
     await apply_text(demo.dsn, manifests(demo.upstream_url, demo.upstream_key_env), default_tenant=TENANT)
 
 
+async def give_tiers(demo: Demo) -> None:
+    """Write the tiers that published clients know by number, unless there are tiers already: those are somebody's."""
+    from behest_ledger.configuration.tiers import builtin_tiers
+    from behest_ledger.store.configuration import apply_manifests, load_configuration
+    from behest_ledger.store.pool import connect
+
+    connection = await connect(demo.dsn)
+    try:
+        known = (await load_configuration(connection, None)).tiers
+        if not known.get((TENANT, NAMESPACE)):
+            await apply_manifests(connection, builtin_tiers(NAMESPACE), default_tenant=TENANT)
+    finally:
+        await connection.close()
+
+
 async def price(demo: Demo) -> None:
     """Store the price book that this installation brings, unless it ever was: what somebody chose since then stays."""
     from behest_ledger.prices.snapshot import compile_package_book
@@ -135,6 +151,7 @@ STEPS: tuple[tuple[str, Callable[[Demo], Awaitable[None]]], ...] = (
     ("schema", migrate),
     ("prices", price),
     ("project, budget, upstream", configure),
+    ("tiers", give_tiers),
     ("API key", register_key),
     ("the sidecar's role", give_role),
 )
@@ -152,6 +169,12 @@ def sidecar_login(folder: DataFolder) -> tuple[str, str]:
     """Name and password of the sidecar's database role. Roles are the whole server's, so each folder has its own."""
     name = folder.secret("sidecar-role", f"behest_up_{secrets.token_hex(4)}")
     return name, folder.secret("sidecar-password", secrets.token_hex(24))
+
+
+def master_key(folder: DataFolder) -> Path:
+    """The key out of which those of tenants come: under them projects' own keys for providers are sealed."""
+    folder.secret("master-key", base64.b64encode(secrets.token_bytes(32)).decode())
+    return folder.keys / "master-key"
 
 
 def signing_key(folder: DataFolder) -> Path:

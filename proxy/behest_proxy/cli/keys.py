@@ -71,7 +71,7 @@ async def _create(dsn: str, arguments: argparse.Namespace, terminal: Terminal) -
 
     if arguments.name and not is_clean_text(arguments.name):
         raise UserError("--name is too long or has control characters", "give it at most 255 plain characters")
-    tenant_id = await _tenant_of(dsn, arguments.project, arguments.tenant)
+    tenant_id = await tenant_of(dsn, arguments.project, arguments.tenant)
     key = new_api_key()
     record = await register_api_key(
         dsn,
@@ -88,7 +88,7 @@ async def _create(dsn: str, arguments: argparse.Namespace, terminal: Terminal) -
     return 0
 
 
-async def _tenant_of(dsn: str, project_id: str, asked: str | None) -> str:
+async def tenant_of(dsn: str, project_id: str, asked: str | None) -> str:
     """The project's tenant. A key for a project that does not exist would be refused at every mint."""
     from behest_ledger.store.identity import tenants_of_project
 

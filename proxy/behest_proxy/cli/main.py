@@ -51,6 +51,7 @@ COMMANDS: dict[str, Command] = {
     "apply": Command("behest_proxy.cli.apply", "apply manifests: projects, upstreams, tiers, budgets", _SET),
     "get": Command("behest_proxy.cli.get", "show what is configured and what is spent", _SET),
     "keys": Command("behest_proxy.cli.keys", "create, list and revoke API keys; signing keys", _SET),
+    "provider-keys": Command("behest_proxy.cli.provider_keys", "keep projects' own keys for providers", _SET),
     "prices": Command("behest_proxy.cli.prices", "show, compare and update the price book", _SET),
     "ledger": Command("behest_proxy.cli.ledger", "migrate, verify, top, keep", _BOOKS),
 }
@@ -87,7 +88,7 @@ def _help() -> str:
     lines += ["Behest: an OpenAI-compatible streaming gateway whose budgets hold, to the last token.", ""]
     for group in dict.fromkeys(row.group for row in rows.values()):
         lines.append(terminal.bold(group))
-        lines += [f"  {name:<10} {row.help}" for name, row in rows.items() if row.group == group]
+        lines += [f"  {name:<14} {row.help}" for name, row in rows.items() if row.group == group]
         lines.append("")
     lines += ["`behest COMMAND --help` tells the rest; `behest --version` the version.", ""]
     return "\n".join(lines)

@@ -277,6 +277,8 @@ class Up:
             "BEHEST_SIGNING_KEY_FILE": str(secrets.signing_key),
             "BEHEST_JOURNAL_DIR": str(self._folder.journal),
         }
+        if not (environment.get("BEHEST_DATA_KEY_FILE") or environment.get("BEHEST_MASTER_KEY_FILE")):
+            environment["BEHEST_MASTER_KEY_FILE"] = str(demo_steps.master_key(self._folder))
         if self._arguments.upstream is None:  # the simulator is on the loopback, where no proxy can reach it
             names = environment.get("no_proxy") or environment.get("NO_PROXY")
             environment["no_proxy"] = environment["NO_PROXY"] = no_proxy(names)
