@@ -148,12 +148,12 @@ def test_a_signing_key_that_is_revoked_is_not_believed_any_more(stack: Stack, pr
     assert line.split()[1:5] == ["current", "tenant", "RS256", project.namespace]
     assert "PRIVATE" not in listed.stdout
 
-    stranger = keys(stack.dsn, "signing", "--revoke", key.kid, "--tenant", "somebody-else")
+    stranger = keys(stack.dsn, "signing", f"--revoke={key.kid}", "--tenant", "somebody-else")
     assert stranger.returncode == 2
     assert "there is no signing key with this kid" in stranger.stderr
     assert status() == 200
 
-    assert keys(stack.dsn, "signing", "--revoke", key.kid).returncode == 0
+    assert keys(stack.dsn, "signing", f"--revoke={key.kid}").returncode == 0
     since = time.monotonic()
     wait_until(lambda: status() == 401, what="the refusal of the token")
     assert time.monotonic() - since < BELIEVED_S + 1

@@ -17,7 +17,7 @@ examples:
   behest keys list --project demo/shop
   behest keys revoke key_0123456789abcdef
   behest keys signing                                  whose signatures on tokens are believed
-  behest keys signing --revoke KID                     tokens it signed end within seconds
+  behest keys signing --revoke=KID                     tokens it signed end within seconds
 """
 
 
