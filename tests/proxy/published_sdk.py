@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import behest
 import openai
@@ -26,7 +27,7 @@ def signing(key):
     return client(key=key, **named)
 
 
-def raised(error_class, call, *arguments, **named):
+def raised(error_class, call, *arguments, **named) -> Any:
     found = None
     try:
         call(*arguments, **named)
