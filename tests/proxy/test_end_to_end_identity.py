@@ -1,7 +1,12 @@
 """Who may call, with everything real: keys that tenants register, hosts that name projects, what is suspended."""
 
+import contextlib
 import textwrap
+import threading
 import time
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import httpx
@@ -9,7 +14,7 @@ import jwt
 import pytest
 
 from behest_ledger.store.configuration import apply_text
-from behest_proxy.identity.keys import SigningKey
+from behest_proxy.identity.keys import KeySet, SigningKey
 from stack import Project, Stack, wait_until
 
 BACKEND = SigningKey.generate()
@@ -187,3 +192,122 @@ spec: {spec}, limit: {{requests: 1000000}}, window: {{period: Lifetime}}, suspen
     assert refused.json()["error"]["details"]["name"] == f"{project.namespace}/blocked"
     others = chat(stack, project.mint(user="u2", session="s2"))
     assert others.status_code == (403 if what == "tenant" else 200)
+
+
+class Issuer(ThreadingHTTPServer):
+    """An OpenID issuer's key endpoint on loopback, which answers as a test says."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), IssuersHandler)
+        self.document = b""
+        self.status = 200
+        self.delay_s = 0.0
+        self.asked = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/keys"
+
+
+class IssuersHandler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        issuer = self.server
+        assert isinstance(issuer, Issuer)
+        issuer.asked += 1
+        time.sleep(issuer.delay_s)
+        self.send_response(issuer.status)
+        self.send_header("Location", "http://127.0.0.1:1/")
+        self.send_header("Content-Length", str(len(issuer.document)))
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            self.wfile.write(issuer.document)
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+        pass
+
+
+@pytest.fixture
+def issuer() -> Generator[Issuer]:
+    with Issuer() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def trusting(stack: Stack, issuer: Issuer) -> Project:
+    """A project that believes the issuer, which no other test's project does."""
+    project = stack.project()
+    stack.apply(
+        with_keys(
+            project,
+            {},
+            "  trustedIssuers:\n"
+            f"  - {{issuer: 'https://issuer.example/{project.namespace}', jwksURL: '{issuer.url}', audience: shop,"
+            " claims: {uid: email}}",
+        )
+    )
+    return project
+
+
+def issued(project: Project, key: SigningKey = BACKEND, **changes: Any) -> str:
+    now_s = int(time.time())
+    claims = {
+        "iss": f"https://issuer.example/{project.namespace}",
+        "aud": "shop",
+        "sub": "1",
+        "email": "alice@example.com",
+        "iat": now_s,
+        "exp": now_s + 600,
+        "role": "admin",
+        **changes,
+    }
+    return jwt.encode(claims, key.private_pem(), algorithm="RS256", headers={"kid": key.kid})
+
+
+def key_set(*keys: SigningKey) -> bytes:
+    return KeySet(key.verification_key() for key in keys).jwks()
+
+
+def test_an_external_issuers_user_may_call_and_a_stranger_may_not(stack: Stack, issuer: Issuer) -> None:
+    issuer.document = key_set(BACKEND)
+    project = trusting(stack, issuer)
+    assert answer_to(stack, project.mint()).status_code == 200
+    assert issuer.asked == 0, "a token of ours asks no issuer"
+    assert chat(stack, issued(project)).status_code == 200
+    assert project.settled()[0]["user_id"] == "alice@example.com"
+    for wrong in (
+        issued(project, aud="other"),
+        issued(project, OTHER),
+        issued(project, exp=1),
+        issued(project, iss="x"),
+    ):
+        assert answer_to(stack, wrong).status_code == 401
+    assert issuer.asked == 1
+
+
+@pytest.mark.parametrize("fault", ["huge", "html", "redirect", "error", "dead", "slow"])
+def test_an_issuer_that_does_not_behave_harms_only_its_own_tokens(stack: Stack, issuer: Issuer, fault: str) -> None:
+    issuer.document = {"huge": b" " * 300_000 + key_set(BACKEND), "html": b"<html>"}.get(fault, key_set(BACKEND))
+    issuer.status = {"redirect": 302, "error": 500}.get(fault, 200)
+    issuer.delay_s = 7.0 if fault == "slow" else 0.0
+    project = trusting(stack, issuer)
+    if fault == "dead":
+        issuer.server_close()
+    own = project.mint()
+    with ThreadPoolExecutor(4) as pool:
+        asked = [
+            pool.submit(
+                httpx.get,
+                stack.base_url + "/v1/models",
+                timeout=20,
+                headers={"Authorization": f"Bearer {issued(project)}"},
+            )
+            for _ in range(4)
+        ]
+        begun_s = time.monotonic()
+        assert answer_to(stack, own).status_code == 200
+        assert time.monotonic() - begun_s < 3, "who does not need the issuer does not wait for it"
+        assert [answer.result().status_code for answer in asked] == [401] * 4
+    assert issuer.asked <= 1, "they share one fetch"

@@ -127,7 +127,7 @@ def _project(spec: ProjectSpec) -> Iterator[Problem]:
         path = f"spec.trustedIssuers[{index}]"
         yield from absolute_url(f"{path}.issuer", issuer.issuer)
         yield from absolute_url(f"{path}.jwksURL", issuer.jwks_url, query=True)
-        yield from _keys_url(f"{path}.jwksURL", issuer.jwks_url)
+        yield from keys_url_problems(f"{path}.jwksURL", issuer.jwks_url)
         if not issuer.audience:
             yield f"{path}.audience", "must not be empty: tokens meant for others would be accepted"
         for ours in issuer.claims:
@@ -155,11 +155,11 @@ def _project(spec: ProjectSpec) -> Iterator[Problem]:
     yield from unique("spec.signingKeys", "kid", [key.kid for key in spec.signing_keys])
 
 
-def _keys_url(path: str, url: str) -> Iterator[Problem]:
+def keys_url_problems(path: str, url: str) -> Iterator[Problem]:
     """Who can answer for it decides who may sign: https, or this very machine; never an address of the network."""
     parts = split_url(url)
     if parts is None or not is_host(parts.hostname):
-        return
+        return  # `absolute_url` says it
     host = str(parts.hostname)
     address = address_of(host)
     if host == "localhost" or (address is not None and address.is_loopback):

@@ -68,6 +68,8 @@ class Border:
             await send(message)
 
         try:
+            if self._door is not None:
+                await self._door.enter(context, scope["headers"])
             await self._app(scope, receive, send_with_headers)
         except ShownError as error:
             if begun:

@@ -29,7 +29,9 @@ def caller_of(
                 details={"reason": "unknown_project"},
             )
         return workload.caller(tenant_id)
-    caller = gateway.verifier.verify(bearer, now_s)
+    host_project = context.host_project
+    place = None if host_project is None else (host_project.tenant_id, host_project.project_id)
+    caller = gateway.verifier.verify(bearer, now_s, place)
     check_host(context, caller.tenant_id, caller.project_id)
     return caller
 

@@ -1,18 +1,26 @@
-"""What is settled of a request before anybody is asked who it is: for which host it came."""
+"""What is settled of a request before anybody is asked who it is: for which host it came, and that the keys are here
+by which its token will be judged.
+"""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from types import MappingProxyType
 
 from behest_ledger.configuration.snapshot import ProjectEntry
+from behest_proxy.app.context import RequestContext
 
 _HOST_BYTES_MAX = 512
+
+
+Prepare = Callable[[str, tuple[str, str] | None], Awaitable[None]]
+"""Makes ready what a bearer's verification needs, for the project of the host if it is one's."""
 
 
 class Door:
     """One for all listeners that clients reach over the network."""
 
-    def __init__(self, *, host_suffix: str = "") -> None:
+    def __init__(self, prepare: Prepare, *, host_suffix: str = "") -> None:
         """`host_suffix`: below it the first label of a host is a project's slug; empty: hosts mean nothing."""
+        self._prepare = prepare
         self._suffix = ("." + host_suffix.strip(".").lower()).encode("latin-1", "replace") if host_suffix else b""
         self._by_slug: Mapping[str, ProjectEntry] = {}
 
@@ -35,3 +43,12 @@ class Door:
         if not name.endswith(self._suffix):
             return None
         return self._by_slug.get(name[: -len(self._suffix)].decode("latin-1"))
+
+    async def enter(self, context: RequestContext, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        """Wait for what the request's token needs; most need nothing, and then nothing waits."""
+        project = context.host_project
+        place = None if project is None else (project.tenant_id, project.project_id)
+        for name, value in headers:
+            if name == b"authorization" and value[:7].lower() == b"bearer ":
+                await self._prepare(value[7:].strip().decode("latin-1"), place)
+                return

@@ -31,6 +31,7 @@ from behest_ledger.store.writer import SettlementWriter
 from behest_proxy.app.conduct import Conduct
 from behest_proxy.app.door import Door
 from behest_proxy.app.holder import Holder
+from behest_proxy.app.key_fetch import fetch_keys
 from behest_proxy.app.leasing import Leasing
 from behest_proxy.app.memory import Memory
 from behest_proxy.app.mounted import MountedFiles
@@ -41,6 +42,8 @@ from behest_proxy.app.signing import SigningKeys
 from behest_proxy.errors import Draining, LedgerUnavailable
 from behest_proxy.holding import METERED_SHARES
 from behest_proxy.identity.api_keys import ApiKeyVerifier
+from behest_proxy.identity.external import Trust, Trusts
+from behest_proxy.identity.issuer_keys import IssuerKeys
 from behest_proxy.identity.keys import KeySet, RegisteredKey
 from behest_proxy.identity.tokens import ISSUERS, TokenVerifier
 from behest_proxy.refusals import shown
@@ -72,12 +75,14 @@ class Gateway:
         self.signing_keys = SigningKeys(settings.signing_key_file.read_bytes())
         self.upstream = UpstreamClient()
         self.configuration = Configuration(version=0)
+        self.issuer_keys = IssuerKeys(lambda url: fetch_keys(self.upstream, url))
         self.verifier = TokenVerifier(
             self.signing_keys.key_set(),
             [*ISSUERS, settings.issuer],
             project_belongs=lambda tenant, project: self.configuration.project(tenant, project) is not None,
+            external_key=self.issuer_keys.get,
         )
-        self.door = Door(host_suffix=settings.host_suffix)
+        self.door = Door(self._prepare, host_suffix=settings.host_suffix)
         self.api_keys = ApiKeyVerifier(self._find_api_key)
         self.pool: Connection = None
         self.book: PriceBook | None = None
@@ -160,6 +165,7 @@ class Gateway:
         await self.desk.aclose()
         if self.pool is not None and self.holder.deadline_s:
             await self.holder.unregister(self.pool)
+        await self.issuer_keys.aclose()
         await self.upstream.aclose()
         await self.api_keys.aclose()
         if self.pool is not None:
@@ -228,6 +234,12 @@ class Gateway:
         for conduct in self.live:
             if conduct.admission.request_id in requests:
                 conduct.checkpoint_again()
+
+    async def _prepare(self, bearer: str, place: tuple[str, str] | None) -> None:
+        """Fetch the external key that this bearer needs, if it needs one that is not there."""
+        wanted = self.verifier.wanted_key(bearer, place)
+        if wanted is not None:
+            await self.issuer_keys.ensure(*wanted)
 
     def may_read(self, origin: str) -> bool:
         """Whether any project allows scripts of this origin."""
@@ -307,6 +319,9 @@ class Gateway:
             logger.warning("left out of the configuration: %s", problem)
         self.configuration = configuration
         self.door.use(configuration.projects.values())
+        trusts = Trusts(_trusts(configuration))
+        self.verifier.use_trusts(trusts)
+        self.issuer_keys.keep(trusts.keys_urls)
         key_set = KeySet.from_records(keys, _registered_keys(configuration))
         if self.verifier.use_keys(key_set):
             for kid, reason in key_set.refused.items():
@@ -336,6 +351,19 @@ def _registered_keys(configuration: Configuration) -> Iterator[RegisteredKey]:
     for project in configuration.projects.values():
         for key in project.spec.signing_keys:
             yield RegisteredKey(tenant_id=project.tenant_id, kid=key.kid, public_pem=key.public_key)
+
+
+def _trusts(configuration: Configuration) -> Iterator[Trust]:
+    for project in configuration.projects.values():
+        for item in project.spec.trusted_issuers:
+            yield Trust(
+                tenant_id=project.tenant_id,
+                project_id=project.project_id,
+                issuer=item.issuer,
+                keys_url=item.jwks_url,
+                audience=item.audience,
+                claims=item.claims,
+            )
 
 
 def _key_of_tenant(settings: Settings) -> KeyOfTenant | None:

@@ -20,6 +20,7 @@ from behest_proxy.identity.caller import (
     is_tier,
     least_role,
 )
+from behest_proxy.identity.external import Trust, Trusts, external_caller
 from behest_proxy.identity.keys import KeySet, VerificationKey, is_kid
 from behest_proxy.identity.reserved import is_reserved_user_id
 from behest_proxy.identity.strict_json import json_object
@@ -39,6 +40,10 @@ _API_KEY_MESSAGE = "An API key is not a bearer token here: exchange it for one a
 _PARTS = re.compile(r"([A-Za-z0-9_-]+)\.([A-Za-z0-9_-]+)\.([A-Za-z0-9_-]+)")
 
 
+Place = tuple[str, str]
+"""A project: (tenant id, project id)."""
+
+
 class _Verified(msgspec.Struct, frozen=True):
     """A token whose signature and claims were checked; only time and the project's owner can change that."""
 
@@ -47,6 +52,9 @@ class _Verified(msgspec.Struct, frozen=True):
     expires_s: float
     is_bound: bool
     """Whether its key is bound to a tenant, so that the project must be that tenant's."""
+    key: VerificationKey
+    keys_url: str | None = None
+    """Where an external issuer's key came from."""
 
 
 class TokenVerifier:
@@ -65,10 +73,14 @@ class TokenVerifier:
         cache_size: int = 4096,
         *,
         project_belongs: Callable[[str, str], bool] | None = None,
+        external_key: Callable[[str, str], VerificationKey | None] = lambda _keys_url, _kid: None,
     ) -> None:
         """`project_belongs(tenant_id, project_id)` tells whose a project is; it is asked for every token
         whose key is bound to a tenant, cached or not. Without it such tokens are refused.
+        `external_key(keys_url, kid)` tells the key that an external issuer publishes there now.
         """
+        self._trusts = Trusts()
+        self._external_key = external_key
         self._keys = keys
         self._issuers = frozenset(issuers)
         self._audience = audience
@@ -98,8 +110,35 @@ class TokenVerifier:
         self._cache.clear()
         return True
 
-    def verify(self, token: str, now_s: float) -> Caller:
+    def use_trusts(self, trusts: Trusts) -> None:
+        """Believe these external issuers from now on."""
+        if trusts != self._trusts:
+            self._trusts = trusts
+            self._cache.clear()
+
+    def wanted_key(self, token: str, place: Place | None = None) -> tuple[str, str] | None:
+        """The URL and kid of the external key that `verify` will ask for; None: it asks for none.
+
+        Nothing in the token is believed here: what it names can be one of the URLs that are trusted anyway.
+        """
+        if not self._trusts or len(token) > TOKEN_BYTES_MAX or not token.isascii():
+            return None
+        verified = self._cache.get(_digest(token.encode("ascii"), place))
+        if verified is not None:
+            return None if verified.keys_url is None else (verified.keys_url, verified.key.kid)
+        match = _PARTS.fullmatch(token)
+        try:
+            if match is None or not self._trusts.of((claims := _json_object(match[2], "payload")).get("iss")):
+                return None
+            kid = _json_object(match[1], "header").get("kid")
+            return (self._trusts.one_for(claims, place).keys_url, kid) if isinstance(kid, str) else None
+        except InvalidToken:
+            return None
+
+    def verify(self, token: str, now_s: float, place: Place | None = None) -> Caller:
         """The caller whom this token proves, at this time (Unix seconds).
+
+        `place`: the project whose host the request came to; a token of an external issuer may not say it itself.
 
         Raises `InvalidToken` saying what is wrong, never with any of the token; `Forbidden` when the key's
         tenant does not own the project.
@@ -112,9 +151,11 @@ class TokenVerifier:
             raise InvalidToken("The token is not a JWT.")
         data = token.encode("ascii")
         # The digest is kept, not the token: its size is fixed, and no credential stays in memory.
-        digest = hashlib.sha256(data).digest()
+        digest = _digest(data, place)
         # Out and in again makes it the youngest; what fails a check below stays out.
-        verified = self._cache.pop(digest, None) or self._checked(token, data)
+        verified = self._cache.pop(digest, None)
+        if verified is None or not self._is_believed(verified):
+            verified = self._checked(token, data, place)
         self._check_times(verified, now_s)
         self._check_project(verified)
         self._cache[digest] = verified
@@ -138,7 +179,12 @@ class TokenVerifier:
                 details={"reason": "wrong_project"},
             )
 
-    def _checked(self, token: str, data: bytes) -> _Verified:
+    def _is_believed(self, verified: _Verified) -> bool:
+        """Whether an external issuer still publishes the key; ours clear the cache when they change."""
+        url = verified.keys_url
+        return url is None or self._external_key(url, verified.key.kid) == verified.key
+
+    def _checked(self, token: str, data: bytes, place: Place | None) -> _Verified:
         """Everything but the times: shape, header, key, signature, claims."""
         match = _PARTS.fullmatch(token)
         if match is None:
@@ -146,24 +192,28 @@ class TokenVerifier:
         header = _json_object(match[1], "header")
         # Whose key it is depends on whom the token speaks for; nothing else of it is believed before the signature.
         claims = _json_object(match[2], "payload")
-        key = self._key_of(header, claims.get("tid"))
+        issuer = claims.get("iss")
+        trust: Trust | None = None
+        if self._trusts.of(issuer) and issuer not in self._issuers:
+            trust = self._trusts.one_for(claims, place)
+        key = self._key_of(header, claims.get("tid"), trust)
         # PyJWT's algorithm objects take the key as it is: neither the header's alg nor anything else in the
         # token has a say in how it is verified.
         algorithm = jwt.get_algorithm_by_name(key.algorithm)
         if not algorithm.verify(data[: match.end(2)], key.public_key, _decoded(match[3], "signature")):
             raise InvalidToken("The token's signature is wrong.")
-        return self._verified(claims, key)
+        return self._verified(claims, key) if trust is None else _verified_external(trust, claims, key)
 
-    def _key_of(self, header: dict[str, Any], tenant_id: object) -> VerificationKey:
+    def _key_of(self, header: dict[str, Any], tenant_id: object, trust: Trust | None) -> VerificationKey:
         # RFC 7515 section 4.1.11: who does not understand a critical extension must refuse; we know none.
         if "crit" in header:
             raise InvalidToken("The token's header has critical extensions (crit) that are not understood.")
         kid = header.get("kid")
         if not isinstance(kid, str):
             raise InvalidToken("The token's header names no key (kid).")
-        if not is_kid(kid):
+        if trust is None and not is_kid(kid):
             raise InvalidToken("The token's kid is not one that a key can have.")
-        key = self._keys.get(kid, tenant_id)
+        key = self._keys.get(kid, tenant_id) if trust is None else self._external_key(trust.keys_url, kid)
         if key is None:
             raise InvalidToken("The token's kid names no key that is valid here: unknown or revoked.")
         if header.get("alg") != key.algorithm:
@@ -177,9 +227,7 @@ class TokenVerifier:
         tenant_id = _text(claims, "tid")
         if key.tenant_id is not None and tenant_id != key.tenant_id:
             raise InvalidToken("The token's tenant (tid) is not the one its key may speak for.")
-        expires_s = _time(claims, "exp")
-        if expires_s is None:
-            raise InvalidToken("The token has no claim exp.")
+        expires_s = _expiry(claims)
         user_id = _text(claims, "uid")
         role: Role = "user"
         scopes = _scopes(claims)
@@ -203,8 +251,8 @@ class TokenVerifier:
             kid=key.kid,
             expires_at=int(expires_s),
         )
-        not_before_s = max(_time(claims, "nbf") or 0, _time(claims, "iat") or 0)
-        return _Verified(caller, not_before_s, expires_s, key.tenant_id is not None)
+        not_before_s = _not_before(claims)
+        return _Verified(caller, not_before_s, expires_s, key.tenant_id is not None, key)
 
     def _check_audience(self, audience: object) -> None:
         # RFC 7519 section 4.1.3: one string or an array of strings.
@@ -219,6 +267,28 @@ class TokenVerifier:
             raise InvalidToken("The token's claim aud is missing, or neither a string nor a list of strings.")
         if not accepted:
             raise InvalidToken("The token is for another audience (aud).")
+
+
+def _digest(data: bytes, place: Place | None) -> bytes:
+    """What a verified token is remembered by: itself, and the host's project where it came to one."""
+    return hashlib.sha256(data if place is None else data + f"\n{place[0]}\n{place[1]}".encode()).digest()
+
+
+def _verified_external(trust: Trust, claims: dict[str, Any], key: VerificationKey) -> _Verified:
+    expires_s = _expiry(claims)
+    caller = external_caller(trust, claims, kid=key.kid, expires_at=int(expires_s))
+    return _Verified(caller, _not_before(claims), expires_s, False, key, trust.keys_url)
+
+
+def _expiry(claims: dict[str, Any]) -> float:
+    expires_s = _time(claims, "exp")
+    if expires_s is None:
+        raise InvalidToken("The token has no claim exp.")
+    return expires_s
+
+
+def _not_before(claims: dict[str, Any]) -> float:
+    return max(_time(claims, "nbf") or 0, _time(claims, "iat") or 0)
 
 
 def is_token_shaped(bearer: str) -> bool:
