@@ -48,7 +48,7 @@ define install
 	@touch $(2)
 endef
 
-.PHONY: always help up down install-dev test test-cluster torture check bench clean-venv
+.PHONY: always help up down install-dev test test-cluster test-image torture check bench clean-venv
 
 help: ## show this list
 	@echo "Behest: an OpenAI-compatible streaming gateway whose budgets hold, to the last token."
@@ -70,6 +70,9 @@ test: $(VENV)/.installed-dev ## run every test that needs no cluster and no brow
 
 test-cluster: $(VENV)/.installed-dev ## run the tests that need a Kubernetes API server (made here, once, where Go is)
 	@$(BIN)/python -Im pytest tests/cluster $(ARGS)
+
+test-image: $(VENV)/.installed-dev ## build the image, run the sidecar in a container of it (as root; buildah, containerd)
+	@$(BIN)/python -Im pytest -s tests/images $(ARGS)
 
 torture: $(VENV)/.installed-dev ## kill -9 sidecars and PostgreSQL for a while, then look at the books
 	@PYTHONPATH=tests $(BIN)/python -m torture.run $(ARGS)

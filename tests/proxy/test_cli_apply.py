@@ -65,6 +65,20 @@ def test_the_option_wins_over_the_environment_and_that_over_the_ready_file(tmp_p
     assert dsn_from(arguments, environment={"BEHEST_DATABASE_URL": "ours"}) == "option"
 
 
+def test_a_mounted_file_may_name_the_database(tmp_path: Path) -> None:
+    file = tmp_path / "database-url"
+    arguments = argparse.Namespace(database_url=None, data_dir=str(tmp_path))
+    environment = {"DATABASE_URL": "general", "BEHEST_DATABASE_URL_FILE": str(file)}
+    with pytest.raises(UserError, match=r"database-url cannot be read .*BEHEST_DATABASE_URL_FILE"):
+        dsn_from(arguments, environment=environment)
+    file.write_text("\n")
+    with pytest.raises(UserError, match="database-url is empty"):
+        dsn_from(arguments, environment=environment)
+    file.write_text("of-the-mount\n")
+    assert dsn_from(arguments, environment=environment) == "of-the-mount"
+    assert dsn_from(arguments, environment={**environment, "BEHEST_DATABASE_URL": "ours"}) == "ours"
+
+
 def test_no_database_says_how_to_get_one(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no `behest up` runs in .*start one with `behest up`, or set DATABASE_URL"):
         dsn_from(argparse.Namespace(data_dir=str(tmp_path / "nowhere")), environment={})

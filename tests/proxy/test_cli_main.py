@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.metadata
+import signal
 import subprocess
 import sys
 import types
@@ -138,3 +139,15 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
     _, err = process.communicate(timeout=30)
     assert err == b""
     assert process.returncode in (0, 130)
+
+
+def test_the_first_process_of_a_container_ends_when_it_is_told_before_its_command_listens() -> None:
+    code = (
+        "import os, signal; os.getpid = lambda: 1\n"
+        "from behest_proxy.cli import main as cli\n"
+        "cli._run = lambda argv: signal.raise_signal(signal.SIGTERM)\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"  # what the kernel does to a first process
+        "cli.main([])"
+    )
+    ran = subprocess.run([sys.executable, "-I", "-c", code], check=False, timeout=60)
+    assert ran.returncode == 128 + signal.SIGTERM

@@ -11,6 +11,8 @@ from behest_proxy.cli.terminal import UserError
 
 DSN_VARIABLES = ("BEHEST_DATABASE_URL", "DATABASE_URL")
 """The first one that is set counts."""
+DSN_FILE_VARIABLE = "BEHEST_DATABASE_URL_FILE"
+"""Between the two: a file that holds it, as the sidecar takes it too."""
 
 _CURE = "start one with `behest up`, or set DATABASE_URL"
 
@@ -29,17 +31,31 @@ def add_database_arguments(parser: argparse.ArgumentParser) -> None:
 def dsn_from(arguments: argparse.Namespace, *, environment: Mapping[str, str] | None = None) -> str:
     """The database that the arguments mean.
 
-    `--database-url`, else BEHEST_DATABASE_URL, else DATABASE_URL, else that of the `behest up` whose folder
-    `--data-dir` names. Raises `UserError` where none of them leads anywhere.
+    `--database-url`, else BEHEST_DATABASE_URL, else what BEHEST_DATABASE_URL_FILE holds, else DATABASE_URL, else that
+    of the `behest up` whose folder `--data-dir` names. Raises `UserError` where none of them leads anywhere.
     """
     environment = os.environ if environment is None else environment
     named: str | None = getattr(arguments, "database_url", None)
     if named:
         return named
-    for variable in DSN_VARIABLES:
-        if environment.get(variable):
-            return environment[variable]
+    ours, general = DSN_VARIABLES
+    if environment.get(ours):
+        return environment[ours]
+    if environment.get(DSN_FILE_VARIABLE):
+        return _dsn_in(Path(environment[DSN_FILE_VARIABLE]))
+    if environment.get(general):
+        return environment[general]
     return _dsn_of_ready_file(Path(getattr(arguments, "data_dir", None) or ".behest"))
+
+
+def _dsn_in(path: Path) -> str:
+    try:
+        text = path.read_text("utf-8").strip()
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"{path} cannot be read ({error})", f"look at {DSN_FILE_VARIABLE}") from None
+    if not text:
+        raise UserError(f"{path} is empty", f"look at {DSN_FILE_VARIABLE}")
+    return text
 
 
 def _dsn_of_ready_file(folder: Path) -> str:

@@ -8,6 +8,8 @@ import argparse
 import difflib
 import importlib
 import importlib.metadata
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +20,9 @@ from behest_proxy.cli.terminal import Terminal, UserError, complain, drop_output
 ENTRY_POINTS = "behest.commands"
 INTERRUPTED = 130
 """The exit status after Ctrl-C or a closed pipe."""
+FIRST_PROCESS = 1
+"""The first process of a container: the kernel drops signals that it has no handler for (pid_namespaces(7)), so it gets
+one for the time until its command brings its own, and acts as every other process would."""
 
 
 class CommandModule(Protocol):
@@ -132,8 +137,14 @@ def _run(argv: Sequence[str]) -> int:
     return module.run(arguments)
 
 
+def _end_at_once(number: int, _frame: object) -> NoReturn:
+    os._exit(128 + number)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Exit status: 0, 1 when the command failed, 2 for a mistake of the user, 130 interrupted."""
+    if os.getpid() == FIRST_PROCESS:
+        signal.signal(signal.SIGTERM, _end_at_once)
     try:
         status = _run(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
