@@ -1,5 +1,7 @@
 """The Compose file: every command, argument, variable, secret and file in it exists."""
 
+import asyncio
+import os
 import re
 import shutil
 import stat
@@ -7,14 +9,19 @@ import subprocess
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, urlsplit
 
 import pytest
 import yaml
 
+from behest_ledger.configuration.kinds import UpstreamSpec
 from behest_ledger.configuration.manifests import parse
+from behest_ledger.store.pool import connect
+from behest_ledger.store.roles import session_tenants
 from behest_proxy.app.settings import Settings
 from behest_proxy.cli import main as command_line
 from behest_proxy.cli.database import DSN_FILE_VARIABLE
+from behest_proxy.cli.roles import dsn_of_role
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPOSE = ROOT / "deploy" / "compose"
@@ -88,9 +95,10 @@ def test_the_images_are_those_of_the_chart() -> None:
 
 
 def test_the_demo_is_valid_and_finds_its_simulator() -> None:
-    upstream = next(item for item in parse((COMPOSE / "demo.yaml").read_text()) if item.kind == "Upstream")
+    specs = [item.spec for item in parse((COMPOSE / "demo.yaml").read_text())]
+    (upstream,) = (spec for spec in specs if isinstance(spec, UpstreamSpec))
     command = SERVICES["simulator"]["command"]
-    assert upstream.spec.base_url == f"http://simulator:{command[command.index('--port') + 1]}/v1"
+    assert upstream.base_url == f"http://simulator:{command[command.index('--port') + 1]}/v1"
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
@@ -115,6 +123,41 @@ def test_the_secrets_are_made_once_and_work(tmp_path: Path) -> None:
         == f"postgresql://{role}:{texts[0]['gateway-password'].strip()}@postgres:5432/behest\n"
     )
     assert f"CREATE ROLE {role} LOGIN" in (COMPOSE / "gateway-login.sh").read_text()
+
+
+@pytest.mark.skipif(
+    shutil.which("psql") is None, reason="psql is not installed (Debian: apt install postgresql-client)"
+)
+def test_the_gateways_login_is_made_and_may_be_granted_again(database: str, tmp_path: Path) -> None:
+    server = urlsplit(database)
+    password = tmp_path / "gateway-password"
+    password.write_text('it\'s a "password"\n')
+    script = (COMPOSE / "gateway-login.sh").read_text().replace("/run/secrets/gateway-password", str(password))
+    environment = {
+        "PATH": os.environ["PATH"],
+        "PGHOST": str(server.hostname),
+        "PGPORT": str(server.port),
+        "PGPASSWORD": str(server.password),
+        "POSTGRES_USER": str(server.username),
+        "POSTGRES_DB": server.path[1:],
+    }
+    subprocess.run(["sh", "-c", script], env=environment, check=True, timeout=60)
+    try:
+        for _ in range(2):
+            assert command_line.main([*SERVICES["grant"]["command"], "--database-url", database]) == 0
+        login = dsn_of_role(database, SERVICES["grant"]["command"][3], quote(password.read_text().strip()))
+        assert asyncio.run(tenants_of(login)) is None
+    finally:
+        assert command_line.main(["ledger", "role", "drop", "behest_gateway", "--database-url", database]) == 0
+
+
+async def tenants_of(dsn: str) -> tuple[str, ...] | None:
+    """For whom a login acts; None: for everybody."""
+    connection = await connect(dsn)
+    try:
+        return await session_tenants(connection)
+    finally:
+        await connection.close()
 
 
 def has_compose() -> bool:

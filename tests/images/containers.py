@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import tarfile
 import time
@@ -141,6 +142,10 @@ class Container:
     runner: subprocess.Popen[bytes]
     """ctr: it passes signals on, and ends with the container's exit status."""
     log: Path
+
+    def tell_to_end(self) -> None:
+        """SIGTERM to the first process, as a kubelet has it sent. ctr passes nothing on in its own first moments."""
+        os.kill(self.pid, signal.SIGTERM)
 
     def status(self, name: str) -> str:
         """A line of the first process' /proc status, such as `VmRSS`."""

@@ -141,7 +141,7 @@ def test_a_metered_stream_goes_through_a_confined_container(containers: Containe
         (row,) = project.settled()
         assert (row["outcome"], row["source"], row["output_tokens"]) == ("completed", "provider", 200)
         print(f"\nready after {start_s:.2f} s, {int(container.status('VmRSS').split()[0]) / 1024:.0f} MiB resident")
-        container.runner.terminate()
+        container.tell_to_end()
         assert container.runner.wait(20) == 0, container.log.read_text()
     assert "Traceback" not in container.log.read_text()
     assert sorted(path.name for path in (place / "state").iterdir()) == ["journal", "signing.pem"]
@@ -177,5 +177,5 @@ def test_the_first_process_ends_when_it_is_told_while_it_starts(
     with containers.running(*command.split(), environment=environment, state=state) as container:
         term = 1 << (signal.SIGTERM - 1)
         wait_until(lambda: int(container.status("SigCgt"), 16) & term, what="a handler of SIGTERM")
-        container.runner.terminate()
+        container.tell_to_end()
         assert container.runner.wait(20) in (0, 143), container.log.read_text()
