@@ -72,7 +72,7 @@ test-cluster: $(VENV)/.installed-dev ## run the tests that need a Kubernetes API
 	@$(BIN)/python -Im pytest tests/cluster $(ARGS)
 
 test-image: $(VENV)/.installed-dev ## build the image, run the sidecar in a container of it (as root; buildah, containerd)
-	@$(BIN)/python -Im pytest -s tests/images $(ARGS)
+	@$(BIN)/python -Im pytest tests/images -s $(ARGS)
 
 torture: $(VENV)/.installed-dev ## kill -9 sidecars and PostgreSQL for a while, then look at the books
 	@PYTHONPATH=tests $(BIN)/python -m torture.run $(ARGS)

@@ -236,7 +236,15 @@ class Containers:
                 assert runner.poll() is None, log.read_text()
                 return int(pid_file.read_text()) if pid_file.exists() and pid_file.read_text() else None
 
-            yield Container(wait_until(pid, what="the container's start"), runner, log)
+            number: int = wait_until(pid, what="the container's making")
+
+            def is_ours() -> bool:
+                assert runner.poll() is None, log.read_text()
+                # Until then it is runc, which prepares the container from inside.
+                return Path(f"/proc/{number}/cmdline").read_bytes().startswith(b"/opt/behest/")
+
+            wait_until(is_ours, what="the container's start")
+            yield Container(number, runner, log)
 
 
 @contextmanager
