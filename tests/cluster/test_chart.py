@@ -280,3 +280,58 @@ def test_a_changed_sidecar_is_seen_on_the_webhooks_pods_and_on_its_own(control_p
         assert (other.hash, its_mark) not in seen, change
         seen.add((other.hash, its_mark))
     assert len({mark for _, mark in seen}) == len({hash_ for hash_, _ in seen}) == len(seen)
+
+
+def test_the_webhook_reads_the_certificate_of_whoever_makes_it(control_plane: ControlPlane) -> None:
+    def volume(objects: list[dict[str, Any]]) -> str:
+        volumes = pod_templates(objects)["deployment/b-webhook"]["spec"]["volumes"]
+        (name,) = (item["secret"]["secretName"] for item in volumes if item["name"] == "tls")
+        return str(name)
+
+    certified = objects_of(control_plane, "cert-manager")
+    (certificate,) = (item["spec"] for item in certified if item["kind"] == "Certificate")
+    assert certificate["secretName"] == volume(certified)
+    assert certificate["dnsNames"] == ["b-webhook.behest.svc"]
+    ours = objects_of(control_plane, "trial database")
+    operator = pod_templates(ours)["deployment/b-operator"]["spec"]["containers"][0]
+    environment = {item["name"]: item.get("value") for item in operator["env"]}
+    assert environment["BEHEST_WEBHOOK_SECRET"] == volume(ours) != volume(certified)
+
+
+def selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
+    return all(labels.get(name) == value for name, value in selector.get("matchLabels", {}).items()) and all(
+        labels.get(item["key"]) in item["values"] for item in selector.get("matchExpressions", [])
+    )
+
+
+def lets_in(policies: list[dict[str, Any]], target: dict[str, str], peer: dict[str, str], *, elsewhere: bool) -> bool:
+    """Whether a pod with the labels `peer`, of this namespace or of another, may connect to one with `target`."""
+    about = [item["spec"] for item in policies if selects(item["spec"]["podSelector"], target)]
+    assert about, f"no policy is about {target}"
+    assert all(spec["policyTypes"] == ["Ingress"] for spec in about), "what pods connect to is not restricted"
+    for rule in (rule for spec in about for rule in spec["ingress"]):
+        for origin in rule.get("from", [{"namespaceSelector": {}, "podSelector": {}}]):
+            if (not elsewhere or "namespaceSelector" in origin) and selects(origin["podSelector"], peer):
+                return True
+    return False
+
+
+def test_the_policies_let_in_those_who_have_to_and_nobody_else(control_plane: ControlPlane) -> None:
+    objects = objects_of(control_plane, "gateway")
+    policies = [item for item in objects if item["kind"] == "NetworkPolicy"]
+    pods = {
+        template["metadata"]["labels"]["app.kubernetes.io/component"]: template["metadata"]["labels"]
+        for template in pod_templates(objects).values()
+    }
+    injected, stranger = {"behest.ai/inject": "true", "app": "web"}, {"app": "web"}
+    ledger = pods["postgres"]
+    for component in ("operator", "gateway", "test"):
+        assert lets_in(policies, ledger, pods[component], elsewhere=False)
+        assert not lets_in(policies, ledger, pods[component], elsewhere=True), "another release of this name"
+    for elsewhere in (False, True):
+        assert lets_in(policies, ledger, injected, elsewhere=elsewhere)
+        assert not lets_in(policies, ledger, stranger, elsewhere=elsewhere)
+        assert lets_in(policies, pods["gateway"], stranger, elsewhere=elsewhere)
+        assert lets_in(policies, pods["webhook"], stranger, elsewhere=elsewhere)
+        assert not lets_in(policies, pods["operator"], injected, elsewhere=elsewhere)
+    assert not lets_in(policies, ledger, pods["webhook"], elsewhere=False)

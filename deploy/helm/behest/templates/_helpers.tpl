@@ -61,6 +61,11 @@ allowPrivilegeEscalation: false
 capabilities: {drop: [ALL]}
 {{- end -}}
 
+{{/* Each writer of the webhook's certificate has its own Secret: theirs are of different types, which cannot be changed. */}}
+{{- define "behest.webhookSecret" -}}
+{{ include "behest.name" . }}-webhook-{{ eq .Values.webhook.certificates.from "operator" | ternary "tls" "certificate" }}
+{{- end -}}
+
 {{- define "behest.pullSecrets" -}}
 {{- with .Values.image.pullSecrets -}}
 imagePullSecrets:
