@@ -50,7 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
         level=settings.log_level.upper(),
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
-    logging.getLogger("kopf").setLevel(logging.WARNING)
+    for library in ("kopf", "aiohttp.access"):
+        logging.getLogger(library).setLevel(logging.WARNING)
     registry = kopf.OperatorRegistry()
     _Process(settings, master_key, credentials, registry).register()
     # kopf cancels every task of its loop at its end: this process has nothing else to do.

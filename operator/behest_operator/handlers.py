@@ -179,10 +179,13 @@ def _now() -> str:
 
 
 def configure(settings: kopf.OperatorSettings) -> None:
-    """Our names in the objects that we own, and no Events but our own."""
+    """Our names in the objects that we own; Events only where a handler says so, and none of what is logged."""
     settings.persistence.finalizer = f"{PREFIX}/finalizer"
     settings.persistence.progress_storage = kopf.AnnotationsProgressStorage(prefix=PREFIX)
     settings.persistence.diffbase_storage = kopf.AnnotationsDiffBaseStorage(prefix=PREFIX)
-    settings.posting.level = logging.CRITICAL
+    settings.posting.loggers = False
+    settings.posting.level = logging.WARNING
+    settings.posting.reporting_component = "behest-operator"
+    settings.posting.event_name_prefix = "behest-"
     settings.watching.server_timeout = 300
     settings.networking.request_timeout = 15

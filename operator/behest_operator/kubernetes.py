@@ -56,7 +56,12 @@ class Credentials:
         kubeconfig = os.environ.get("KUBECONFIG")
         if not kubeconfig:
             raise KubernetesError(0, "this is no pod with a service account, and KUBECONFIG is not set")
-        return cls._from_kubeconfig(Path(kubeconfig))
+        try:
+            return cls._from_kubeconfig(Path(kubeconfig))
+        except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+            raise KubernetesError(
+                0, f"KUBECONFIG: {kubeconfig} cannot be used: {type(error).__name__}: {error}"
+            ) from None
 
     @classmethod
     def _from_kubeconfig(cls, path: Path) -> Self:
@@ -132,10 +137,10 @@ class Kubernetes:
         self, method: str, path: str, document: Object | None = None, *, content_type: str = "application/json"
     ) -> Object:
         assert self._session is not None, "used outside its block"
-        headers = {**self._credentials.headers(), "Accept": "application/json"}
-        if document is not None:
-            headers["Content-Type"] = content_type
         try:
+            headers = {**self._credentials.headers(), "Accept": "application/json"}
+            if document is not None:
+                headers["Content-Type"] = content_type
             async with self._session.request(
                 method, self._credentials.server + path, json=document, headers=headers
             ) as answer:

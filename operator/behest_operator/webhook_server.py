@@ -59,7 +59,7 @@ def application(template: Template) -> Starlette:
                 return PlainTextResponse("the review is too large", 413)
         try:
             return JSONResponse(review(json.loads(body), template))
-        except (ReviewError, ValueError) as error:
+        except (ReviewError, ValueError, RecursionError) as error:
             return PlainTextResponse(str(error), 400)
 
     return Starlette(routes=[Route("/inject", inject, methods=["POST"])])
@@ -116,9 +116,11 @@ async def _reload(context: ssl.SSLContext, certificate: Path, key: Path) -> None
         if found == seen:
             continue
         try:
+            # Both halves are exchanged one after the other, and what does not fit would be served all the same: it is
+            # tried first where nobody is served. The next look finds them whole.
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
             context.load_cert_chain(certificate, key)
         except (OSError, ssl.SSLError) as error:
-            # Both halves are exchanged one after the other: the next look finds them whole.
             logger.warning("the certificate cannot be taken yet: %s", error)
             continue
         seen = found

@@ -31,6 +31,12 @@ from cluster.routes import Routes, proxied
 
 _numbers = count(1)
 _START_S = 60.0
+_AUDIT_POLICY = {
+    "apiVersion": "audit.k8s.io/v1",
+    "kind": "Policy",
+    "omitStages": ["RequestReceived"],
+    "rules": [{"level": "Metadata", "userGroups": ["system:serviceaccounts"]}, {"level": "None"}],
+}
 
 
 class CommandFailed(AssertionError):
@@ -90,6 +96,12 @@ class ControlPlane:
         path = self.folder / f"{namespace}-{service_account}.kubeconfig"
         _write_kubeconfig(path, self.url, self.certificate_authority, {"token": token}, namespace)
         return path
+
+    def audited(self, service_account: str, namespace: str) -> list[dict[str, Any]]:
+        """What a service account has asked for so far: events of the API server's audit log, the oldest first."""
+        user = f"system:serviceaccount:{namespace}:{service_account}"
+        lines = (self.folder / "audit.log").read_text().splitlines()
+        return [event for line in lines if (event := json.loads(line))["user"]["username"] == user]
 
     def _run(self, program: Path, arguments: tuple[str, ...], stdin: str | None, kubeconfig: Path | None) -> str:
         home = self.folder / "home"
@@ -187,9 +199,14 @@ def _apiserver(program: Path, folder: Path, etcd_url: str, egress: Path) -> Gene
     service_key = folder / "service-accounts.key"
     _write_key(service_key, signer)
     port = free_port(0)
+    audit_policy = folder / "audit-policy.yaml"
+    audit_policy.write_text(yaml.safe_dump(_AUDIT_POLICY))
+    (folder / "audit.log").touch()
     arguments = [
         str(program),
         f"--etcd-servers={etcd_url}",
+        f"--audit-policy-file={audit_policy}",
+        f"--audit-log-path={folder / 'audit.log'}",
         "--bind-address=127.0.0.1",
         "--advertise-address=127.0.0.1",
         f"--secure-port={port}",

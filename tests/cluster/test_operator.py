@@ -1,16 +1,15 @@
 """Resources on a real API server, carried into a real ledger by the operator process."""
 
-import asyncio
 import base64
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from behest_ledger.store.pool import connect
 from cluster.control_plane import CommandFailed, ControlPlane
 from cluster.operator_process import OperatorProcess, condition, eventually
 from cluster.resources import install_crds
+from cluster.sql import rows
 
 ROLE = {
     "apiVersion": "rbac.authorization.k8s.io/v1",
@@ -98,17 +97,6 @@ def project(namespace: str, **spec: Any) -> dict[str, Any]:
         "metadata": {"name": "shop", "namespace": namespace},
         "spec": {"defaultModel": "gpt-4o-mini", **spec},
     }
-
-
-def rows(dsn: str, sql: str, *arguments: Any) -> list[dict[str, Any]]:
-    async def fetch() -> list[dict[str, Any]]:
-        connection = await connect(dsn)
-        try:
-            return [dict(row) for row in await connection.fetch(sql, *arguments)]
-        finally:
-            await connection.close()
-
-    return asyncio.run(fetch())
 
 
 def test_what_is_applied_is_in_the_ledger_and_its_status_says_so(

@@ -111,7 +111,11 @@ def world(dsn: str, work: Callable[[World], Awaitable[None]]) -> None:
 def keys_are_made_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """RSA keys and argon2 take a tenth of a second and more, and these tests make hundreds."""
     numbers = count(1)
-    monkeypatch.setattr(identity, "hash_api_key", lambda key: f"$argon2id$ of {key[-4:]}")
+
+    def hashed(key: str) -> str:
+        return f"$argon2id$ of {key[-4:]}"
+
+    monkeypatch.setattr(identity, "hash_api_key", hashed)
     monkeypatch.setattr(namespace_secrets, "_signing_key", lambda: f"signing key {next(numbers)}")
 
 
