@@ -36,6 +36,8 @@ def sample_of(name: str) -> tuple[str, Any]:
         # Not the first choice, which may be the default.
         text = kind.partition("[")[2].rpartition("]")[0].split(",")[-1].strip("' \"")
         return text, text
+    if name == "trusted_proxies":
+        return "10.0.0.0/8", "10.0.0.0/8"
     return {"pod_bind": ("127.0.0.1:1", "127.0.0.1:1"), "workload_labels": ("{}", "{}")}.get(
         name, ("some text", "some text")
     )

@@ -69,7 +69,7 @@ class Border:
 
         try:
             if self._door is not None:
-                await self._door.enter(context, scope["headers"])
+                await self._door.enter(scope, context)
             await self._app(scope, receive, send_with_headers)
         except ShownError as error:
             if begun:

@@ -2,11 +2,15 @@
 by which its token will be judged.
 """
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 from behest_ledger.configuration.snapshot import ProjectEntry
 from behest_proxy.app.context import RequestContext
+from behest_proxy.errors import RateLimited
+from behest_proxy.identity.addresses import AddressLimit, Network, client_address, values_of
 
 _HOST_BYTES_MAX = 512
 
@@ -18,8 +22,22 @@ Prepare = Callable[[str, tuple[str, str] | None], Awaitable[None]]
 class Door:
     """One for all listeners that clients reach over the network."""
 
-    def __init__(self, prepare: Prepare, *, host_suffix: str = "") -> None:
-        """`host_suffix`: below it the first label of a host is a project's slug; empty: hosts mean nothing."""
+    def __init__(
+        self,
+        prepare: Prepare,
+        *,
+        host_suffix: str = "",
+        address_rate: float = 0,
+        trusted_proxies: Sequence[Network] = (),
+        forwarded_header: str = "x-forwarded-for",
+    ) -> None:
+        """`address_rate`: requests a second of one address, 0 for any; the proxies' word on it counts.
+
+        `host_suffix`: below it the first label of a host is a project's slug; empty: hosts mean nothing.
+        """
+        self._limit = AddressLimit(address_rate, clock=time.monotonic) if address_rate else None
+        self._proxies = trusted_proxies
+        self._forwarded = forwarded_header.encode()
         self._prepare = prepare
         self._suffix = ("." + host_suffix.strip(".").lower()).encode("latin-1", "replace") if host_suffix else b""
         self._by_slug: Mapping[str, ProjectEntry] = {}
@@ -44,11 +62,24 @@ class Door:
             return None
         return self._by_slug.get(name[: -len(self._suffix)].decode("latin-1"))
 
-    async def enter(self, context: RequestContext, headers: Iterable[tuple[bytes, bytes]]) -> None:
-        """Wait for what the request's token needs; most need nothing, and then nothing waits."""
+    async def enter(self, scope: Any, context: RequestContext) -> None:
+        """Wait for what the request's token needs; most need nothing, and then nothing waits.
+
+        Raises `RateLimited` for an address that asks too often.
+        """
+        headers: list[tuple[bytes, bytes]] = scope["headers"]
+        if self._limit is not None:
+            self._count(self._limit, scope["client"], headers)
         project = context.host_project
         place = None if project is None else (project.tenant_id, project.project_id)
-        for name, value in headers:
-            if name == b"authorization" and value[:7].lower() == b"bearer ":
+        for value in values_of(headers, b"authorization"):
+            if value[:7].lower() == b"bearer ":
                 await self._prepare(value[7:].strip().decode("latin-1"), place)
                 return
+
+    def _count(self, limit: AddressLimit, peer: tuple[str, int] | None, headers: list[tuple[bytes, bytes]]) -> None:
+        if peer is None:
+            return
+        address = client_address(peer[0], values_of(headers, self._forwarded), self._proxies)
+        if address is not None and (wait_s := limit.wait_s(address)):
+            raise RateLimited("Too many requests come from this address.", retry_after_s=wait_s)

@@ -41,6 +41,7 @@ from behest_proxy.app.settings import Settings, secret_in
 from behest_proxy.app.signing import SigningKeys
 from behest_proxy.errors import Draining, LedgerUnavailable
 from behest_proxy.holding import METERED_SHARES
+from behest_proxy.identity.addresses import networks_in
 from behest_proxy.identity.api_keys import ApiKeyVerifier
 from behest_proxy.identity.external import Trust, Trusts
 from behest_proxy.identity.issuer_keys import IssuerKeys
@@ -82,7 +83,13 @@ class Gateway:
             project_belongs=lambda tenant, project: self.configuration.project(tenant, project) is not None,
             external_key=self.issuer_keys.get,
         )
-        self.door = Door(self._prepare, host_suffix=settings.host_suffix)
+        self.door = Door(
+            self._prepare,
+            host_suffix=settings.host_suffix,
+            address_rate=settings.address_rate,
+            trusted_proxies=networks_in(settings.trusted_proxies),
+            forwarded_header=settings.forwarded_header,
+        )
         self.api_keys = ApiKeyVerifier(self._find_api_key)
         self.pool: Connection = None
         self.book: PriceBook | None = None

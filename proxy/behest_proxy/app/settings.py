@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from behest_proxy.identity.addresses import networks_in
 from behest_proxy.identity.workload import Workload, labels_from
 
 HOLDER_TTL_MIN_S = 3.0
@@ -52,6 +53,14 @@ class Settings:
     host_suffix: str = ""
     """Such as `example.com`: requests to `<slug>.example.com` are for the project with that slug, and no other's token
     or API key is good there. Other hosts leave the project to the token."""
+    address_rate: float = 0
+    """Requests a second that one client address may send, before anybody asks who it is; five seconds' worth may come
+    at once. 0: no such limit, as where many clients share an address."""
+    trusted_proxies: str = ""
+    """Networks of the proxies before us, such as `10.0.0.0/8, 2001:db8::/32`: their word on the client's address counts
+    for `address_rate`."""
+    forwarded_header: Literal["x-forwarded-for", "forwarded"] = "x-forwarded-for"
+    """The one header in which those proxies say it. They must overwrite or append to what clients send in it."""
     issuer: str = "behest"
     """`iss` of minted tokens; tokens of this issuer are accepted too."""
     journal_dir: Path | None = None
@@ -107,6 +116,12 @@ def from_environment(environment: Mapping[str, str] | None = None) -> Settings:
         raise SettingsError("BEHEST_TLS_CERT_FILE and BEHEST_TLS_KEY_FILE belong together: set both or none")
     if given.get("holder_ttl_s", HOLDER_TTL_MIN_S) < HOLDER_TTL_MIN_S:
         raise SettingsError(f"BEHEST_HOLDER_TTL_S must be at least {HOLDER_TTL_MIN_S:g}: it is renewed each second")
+    if given.get("address_rate", 0) < 0:
+        raise SettingsError("BEHEST_ADDRESS_RATE must be a number from 0")
+    try:
+        networks_in(given.get("trusted_proxies", ""))
+    except ValueError as error:
+        raise SettingsError(f"BEHEST_TRUSTED_PROXIES must be networks such as 10.0.0.0/8: {error}") from None
     _check_workload(given)
     return Settings(**given)
 
