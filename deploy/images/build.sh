@@ -1,6 +1,6 @@
 #!/bin/sh
-# Builds the image with docker, podman or buildah, whichever is there. With the last two, the same commit on the same base
-# gives the same image, bit for bit.
+# Builds the image with docker, podman or buildah, whichever is there. Times in it are those of the commit.
+#
 #
 #   deploy/images/build.sh IMAGE [options of the build, such as --build-arg BASE=python:3.13-slim@sha256:...]
 #
