@@ -153,6 +153,12 @@ def test_a_signing_key_that_is_revoked_is_not_believed_any_more(stack: Stack, pr
     assert "there is no signing key with this kid" in stranger.stderr
     assert status() == 200
 
+    assert keys(stack.dsn, "signing", f"--retire={key.kid}").returncode == 0
+    listed = keys(stack.dsn, "signing", "--tenant", project.namespace)
+    assert "previous" in listed.stdout
+    time.sleep(BELIEVED_S)
+    assert status() == 200, "a retired key's tokens are good until they expire"
+
     assert keys(stack.dsn, "signing", f"--revoke={key.kid}").returncode == 0
     since = time.monotonic()
     wait_until(lambda: status() == 401, what="the refusal of the token")

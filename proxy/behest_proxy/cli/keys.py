@@ -17,6 +17,7 @@ examples:
   behest keys list --project demo/shop
   behest keys revoke key_0123456789abcdef
   behest keys signing                                  whose signatures on tokens are believed
+  behest keys signing --retire=KID                     after a rotation: its tokens live until they expire
   behest keys signing --revoke=KID                     tokens it signed end within seconds
 """
 
@@ -45,7 +46,9 @@ def add_parser(subparsers: Any) -> None:
     revoke.add_argument("key_id", metavar="KEY_ID", help="as `behest keys list` shows it")
 
     signing = actions.add_parser("signing", help="list the keys whose signatures on tokens are believed")
-    signing.add_argument("--revoke", metavar="KID", help="revoke this one: tokens it signed end")
+    change = signing.add_mutually_exclusive_group()
+    change.add_argument("--retire", metavar="KID", help="its tokens are good until they expire: after a rotation")
+    change.add_argument("--revoke", metavar="KID", help="revoke this one: tokens it signed end")
 
     for action in (create, listing, revoke, signing):
         action.add_argument("--tenant", metavar="NAME", help="only in this tenant (default: the project's)")
@@ -143,6 +146,10 @@ async def _signing(dsn: str, arguments: argparse.Namespace, terminal: Terminal) 
     if arguments.revoke is not None:
         await set_signing_key_state(dsn, kid=arguments.revoke, state="revoked", tenant_id=arguments.tenant)
         terminal.line(f"{arguments.revoke} is revoked: tokens it signed are refused.")
+        return 0
+    if arguments.retire is not None:
+        await set_signing_key_state(dsn, kid=arguments.retire, state="previous", tenant_id=arguments.tenant)
+        terminal.line(f"{arguments.retire} is retired: tokens it signed are good until they expire, then revoke it.")
         return 0
     records = await load_signing_keys(dsn)
     rows = [
