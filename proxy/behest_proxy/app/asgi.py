@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route, Router
@@ -10,6 +11,7 @@ from behest_proxy.app.border import Border
 from behest_proxy.app.chat import ChatCompletions
 from behest_proxy.app.endpoints import Endpoints
 from behest_proxy.app.gateway import Gateway
+from behest_proxy.app.openapi import openapi_document
 from behest_proxy.app.usage import Usage
 
 
@@ -20,8 +22,14 @@ def client_app(gateway: Gateway, *, by_pod: bool = False) -> Any:
     """
     endpoints = Endpoints(gateway)
     usage = Usage(gateway)
+    description = msgspec.json.encode(openapi_document())
+
+    async def openapi(_request: Request) -> Response:
+        return Response(description, media_type="application/json")
+
     app = Router(
         routes=[
+            Route("/openapi.json", openapi, methods=["GET"]),
             Route("/v1/chat/completions", ChatCompletions(gateway), methods=["POST"]),
             Route("/v1/auth/mint", endpoints.mint, methods=["POST"]),
             Route("/auth/v1/auth/mint", endpoints.mint, methods=["POST"]),
