@@ -14,7 +14,6 @@ import hashlib
 import logging
 import re
 import secrets
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -56,12 +55,13 @@ class NamespaceSecrets:
     sidecar_dsn: str
     """The ledger as sidecars reach it; user and password are replaced by their role's."""
 
-    _busy: dict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
-    """By namespace: its Projects are looked at side by side, its Secrets are made by one at a time."""
+    _busy: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Projects are looked at side by side, Secrets and logins are made one at a time: PostgreSQL refuses two that
+    change the rights of one object at once."""
 
     async def ensure_for_sidecars(self, namespace: str, tenant: str, *, now: datetime) -> Finding:
         """Make or mend the Secret `behest-sidecar`."""
-        async with self._busy[namespace]:
+        async with self._busy:
             return await self._ensure_for_sidecars(namespace, tenant, now)
 
     async def _ensure_for_sidecars(self, namespace: str, tenant: str, now: datetime) -> Finding:
@@ -103,7 +103,7 @@ class NamespaceSecrets:
         for key in await list_api_keys(self.pool, project_id=f"{namespace}/{name}"):
             if key.revoked_at is None and key.name.startswith(_KEY_NAME):
                 await revoke_api_key(self.pool, key_id=key.key_id, tenant_id=key.tenant_id)
-        async with self._busy[namespace]:
+        async with self._busy:
             if api_key_secret is not None:
                 found = await self.kubernetes.get(f"{_path(namespace)}/{api_key_secret}")
                 if found is not None and _is_ours(found) and _data(found).get("project") == f"{namespace}/{name}":

@@ -1,15 +1,28 @@
 """Resources on a real API server, carried into a real ledger by the operator process."""
 
+import asyncio
 import base64
+import copy
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
+import asyncpg
 import pytest
 
+from behest_ledger.configuration.manifests import InvalidManifestsError, from_object
+from behest_ledger.store import holds
+from behest_ledger.store.errors import LedgerForbiddenError
+from behest_ledger.store.pool import connect
 from cluster.control_plane import CommandFailed, ControlPlane
 from cluster.operator_process import OperatorProcess, condition, eventually
 from cluster.resources import install_crds
 from cluster.sql import rows
+from cluster.test_verdicts import LEFT_TO_THE_OPERATOR
+from conftest import Server, execute
+from ledger.books import admission, new_id, settlement
+from ledger.houses import ALL_TABLES
+from ledger.sample_manifests import INVALID
 
 ROLE = {
     "apiVersion": "rbac.authorization.k8s.io/v1",
@@ -257,3 +270,121 @@ def test_an_operator_that_was_killed_comes_to_the_same_end(
         return [row["name"] for row in rows(operator.dsn, sql, namespace)] == ["b1", "b2", "b3", "b4", "b5"]
 
     eventually(the_others, what="the reading of the other budgets")
+
+
+def test_a_stolen_login_of_one_namespace_is_of_no_use_against_another(
+    control_plane: ControlPlane, operator: OperatorProcess
+) -> None:
+    mine, theirs = control_plane.namespace("mine"), control_plane.namespace("theirs")
+    secrets: dict[str, dict[str, str]] = {}
+    for namespace in (mine, theirs):
+        control_plane.kubectl(
+            "create", "secret", "generic", "openai", "--namespace", namespace, "--from-literal=api-key=sk-0123456789ab"
+        )
+        upstream = {
+            "baseURL": "https://api.openai.com/v1",
+            "credentials": {"secretKeyRef": {"name": "openai", "key": "api-key"}},
+        }
+        about = {"name": "openai", "namespace": namespace}
+        control_plane.apply(
+            project(namespace, apiKeySecretName="shop-key"),
+            budget(namespace),
+            {"apiVersion": "behest.ai/v1alpha1", "kind": "Upstream", "metadata": about, "spec": upstream},
+        )
+        secrets[namespace] = eventually(partial(secret, control_plane, "behest-sidecar", namespace))
+        for kind, name in (("budget", "sessions"), ("upstream", "openai")):
+            eventually(partial(condition, control_plane, kind, name, namespace, "Programmed"))
+    assert secrets[mine]["data-key"] != secrets[theirs]["data-key"]
+    asyncio.run(attack(secrets[mine]["database-url"], operator.dsn, theirs))
+
+
+async def attack(stolen: str, owner_dsn: str, theirs: str) -> None:
+    thief, owner = await connect(stolen), await connect(owner_dsn)
+    try:
+        tables = [row for row in await owner.fetch(ALL_TABLES) if row["of_tenants"]]
+        before = {row["name"]: await count(owner, row["name"], theirs) for row in tables}
+        assert before["budget"] == before["project"] == before["upstream"] == before["provider_key"] == 1
+        for row in tables:
+            try:
+                assert await count(thief, row["name"], theirs) == 0, row["name"]
+            except asyncpg.InsufficientPrivilegeError:
+                continue
+        for row in tables:
+            if row["kind"] == "v":
+                continue
+            for statement in ("INSERT INTO {} DEFAULT VALUES", "UPDATE {} SET tenant_id = tenant_id", "DELETE FROM {}"):
+                with pytest.raises(asyncpg.InsufficientPrivilegeError):
+                    await thief.execute(statement.format(f"ledger.{row['name']}"))
+        with pytest.raises(LedgerForbiddenError, match=f"may not act for tenant {theirs}"):
+            await holds.admit(thief, admission(tenant=theirs, need=1))
+        with pytest.raises(LedgerForbiddenError, match=f"may not act for tenant {theirs}"):
+            await holds.settle(thief, [settlement(new_id(), output=1, tenant=theirs)])
+        assert {row["name"]: await count(owner, row["name"], theirs) for row in tables} == before
+    finally:
+        await thief.close()
+        await owner.close()
+
+
+async def count(connection: Any, table: str, tenant: str) -> int:
+    found: int = await connection.fetchval(f"SELECT count(*) FROM ledger.{table} WHERE tenant_id = $1", tenant)
+    return found
+
+
+def test_what_the_api_server_takes_and_behest_apply_refuses_is_refused_in_the_same_words(
+    control_plane: ControlPlane, operator: OperatorProcess
+) -> None:
+    taken, namespace = 0, control_plane.namespace("bad")
+    for number, (manifest, reason) in enumerate(INVALID):
+        document = copy.deepcopy(manifest)
+        if not isinstance(document.get("metadata"), dict):
+            continue
+        document["metadata"] |= {"name": f"m{number}", "namespace": namespace}
+        try:
+            from_object(document)
+        except InvalidManifestsError as error:
+            words = "; ".join(f"{item.path}: {item.reason}".lstrip(": ") for item in error.errors)
+        else:
+            continue  # what was wrong is its name, which is another one here
+        try:
+            control_plane.apply(document)
+        except CommandFailed:
+            continue
+        accepted = eventually(
+            partial(condition, control_plane, document["kind"].lower(), f"m{number}", namespace, "Accepted"),
+            what=reason,
+        )
+        assert (accepted["status"], accepted["message"]) == ("False", words)
+        taken += 1
+    assert taken >= len(LEFT_TO_THE_OPERATOR)
+    for table in ("project", "upstream", "tier", "budget"):
+        assert rows(operator.dsn, f"SELECT 1 FROM ledger.{table}") == []
+
+
+def test_while_the_ledger_is_away_the_status_says_so_and_then_everything_is_as_it_was_asked(
+    control_plane: ControlPlane, operator: OperatorProcess, postgres: Server
+) -> None:
+    namespace = control_plane.namespace()
+    name = operator.dsn.rpartition("/")[2]
+    closed = [
+        f"ALTER DATABASE {name} ALLOW_CONNECTIONS false",
+        f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'",
+    ]
+    asyncio.run(execute(postgres.dsn, *closed))
+    try:
+        control_plane.apply(budget(namespace), project(namespace))
+
+        def unknown() -> bool:
+            found = condition(control_plane, "budget", "sessions", namespace, "Programmed")
+            return found is not None and (found["status"], found["reason"]) == ("Unknown", "LedgerUnavailable")
+
+        eventually(unknown, what="the word that the ledger is away")
+    finally:
+        asyncio.run(execute(postgres.dsn, f"ALTER DATABASE {name} ALLOW_CONNECTIONS true"))
+
+    def programmed() -> bool:
+        found = condition(control_plane, "budget", "sessions", namespace, "Programmed")
+        return found is not None and found["status"] == "True"
+
+    eventually(programmed, what="the reading of the budget")
+    assert operator.process is not None
+    assert operator.process.poll() is None

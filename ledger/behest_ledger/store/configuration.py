@@ -255,8 +255,13 @@ async def connected(dsn_or_connection: str | Connection) -> AsyncGenerator[Conne
     """The connection that was given, or one to the given DSN for as long as the block runs."""
     if not isinstance(dsn_or_connection, str):
         if isinstance(dsn_or_connection, asyncpg.Pool):
-            async with dsn_or_connection.acquire() as connection:
+            with mapped():
+                connection = await dsn_or_connection.acquire()
+            try:
                 yield connection
+            finally:
+                with mapped():
+                    await dsn_or_connection.release(connection)
         else:
             yield dsn_or_connection
         return
