@@ -48,7 +48,7 @@ define install
 	@touch $(2)
 endef
 
-.PHONY: always help up down install-dev test test-cluster test-image torture check bench clean-venv
+.PHONY: always help up down install-dev test test-outages test-cluster test-image torture check bench clean-venv
 
 help: ## show this list
 	@echo "Behest: an OpenAI-compatible streaming gateway whose budgets hold, to the last token."
@@ -66,7 +66,10 @@ down: ## stop what `make up` started; the data stay
 install-dev: $(VENV)/.installed-dev ## make .venv with everything that the tests and checks need
 
 test: $(VENV)/.installed-dev ## run every test that needs no cluster and no browser
-	@$(BIN)/python -Im pytest -n 2 --dist loadfile $(ARGS)
+	@$(BIN)/python -Im pytest -n 3 --dist loadfile $(ARGS)
+
+test-outages: $(VENV)/.installed-dev ## run the tests that take the database away in every way (minutes of waiting)
+	@$(BIN)/python -Im pytest tests/outages -n 2 --dist loadfile $(ARGS)
 
 test-cluster: $(VENV)/.installed-dev ## run the tests that need a Kubernetes API server (made here, once, where Go is)
 	@$(BIN)/python -Im pytest tests/cluster $(ARGS)
@@ -83,7 +86,7 @@ check: $(VENV)/.installed-dev ## lint, format, types, architecture, tests: what 
 	$(BIN)/mypy
 	$(BIN)/pyright
 	$(BIN)/lint-imports
-	$(BIN)/python -Im pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -Im pytest -n 3 --dist loadfile $(ARGS)
 
 bench: $(VENV)/.installed-bench ## measure the figures of the README
 	@$(BIN)/python $(BENCH) $(ARGS)

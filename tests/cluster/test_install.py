@@ -219,5 +219,6 @@ def test_a_change_of_a_budget_is_enforced_within_two_seconds(control_plane: Cont
 
         eventually(is_suspended, timeout_s=10, what="the suspension")
         assert time.monotonic() - started_s < 5, "two seconds on a machine that does nothing else"
+        client.close()
     finally:
         pod.stop()

@@ -68,7 +68,7 @@ class Conflicts:
         self.conflicts = conflicts
         self.calls = 0
 
-    async def fetch(self, _query: str, _holder: UUID, items: str) -> list[dict[str, Any]]:
+    async def fetch(self, _query: str, _holder: UUID, items: str, *_: object) -> list[dict[str, Any]]:
         self.calls += 1
         if self.calls <= self.conflicts:
             raise asyncpg.DeadlockDetectedError("deadlock")

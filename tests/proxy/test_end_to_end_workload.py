@@ -184,9 +184,10 @@ def test_the_provider_is_called_with_the_key_that_was_sealed_in_the_ledger(pod: 
 
 
 def test_an_unmodified_client_without_a_token_is_the_workload_until_its_budget_is_gone(pod: Pod) -> None:
-    answer = pod.client().chat.completions.create(
-        model="gpt-4o-mini", messages=[{"role": "user", "content": "hello"}], max_tokens=20
-    )
+    with pod.client() as client:
+        answer = client.chat.completions.create(
+            model="gpt-4o-mini", messages=[{"role": "user", "content": "hello"}], max_tokens=20
+        )
     assert answer.choices[0].message.content
     rows = wait_until(
         lambda: pod.stack.query(
@@ -197,12 +198,13 @@ def test_an_unmodified_client_without_a_token_is_the_workload_until_its_budget_i
     assert rows[0] == {"user_id": "workload:pod/web", "workload": "pod/web"}
 
     def spend_on() -> None:
-        for _ in range(100):
-            stream = pod.client().chat.completions.create(
-                model="gpt-4o-mini", messages=[{"role": "user", "content": "hello"}], stream=True
-            )
-            for _chunk in stream:
-                pass
+        with pod.client() as client:
+            for _ in range(100):
+                stream = client.chat.completions.create(
+                    model="gpt-4o-mini", messages=[{"role": "user", "content": "hello"}], stream=True
+                )
+                for _chunk in stream:
+                    pass
 
     with pytest.raises(openai.APIError) as caught:
         spend_on()

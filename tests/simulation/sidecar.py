@@ -131,6 +131,7 @@ class SimulatedGateway(Gateway):
         self.memory = parts.memory(disk, process)
         self.signing_keys: Any = None
         self.mounted: Any = _Nothing()
+        self.issuer_keys: Any = _Nothing()
         self.draining = self.leaving = False
         self.is_serving = False
         self._poll_task = self._memory_task = self._holder_task = None
