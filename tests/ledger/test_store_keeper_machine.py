@@ -142,7 +142,7 @@ class Keeping(RuleBasedStateMachine):
         one, hold = self.pick(number)
         hold.seq += 1
         answer = self.run(self.books.extend(one, hold.seq, need=need))
-        if hold.state != "open":
+        if hold.state != "open" or hold.holder in self.fenced:
             assert answer == Gone()
             return
         amounts = {name: in_unit(name, 0, need, 0) for name in ("money", "tokens")}
