@@ -48,7 +48,7 @@ define install
 	@touch $(2)
 endef
 
-.PHONY: always help up down install-dev test test-outages test-cluster test-image torture check bench clean-venv
+.PHONY: always help up down install-dev test test-simulation test-outages test-cluster test-image torture check bench clean-venv
 
 help: ## show this list
 	@echo "Behest: an OpenAI-compatible streaming gateway whose budgets hold, to the last token."
@@ -67,6 +67,9 @@ install-dev: $(VENV)/.installed-dev ## make .venv with everything that the tests
 
 test: $(VENV)/.installed-dev ## run every test that needs no cluster and no browser
 	@$(BIN)/python -Im pytest -n 3 --dist loadfile $(ARGS)
+
+test-simulation: $(VENV)/.installed-dev ## play 2,000 small worlds and 20 of 300 sidecars in simulated time (a minute)
+	@$(BIN)/python -Im pytest tests/simulation -n 2 --dist loadfile $(ARGS)
 
 test-outages: $(VENV)/.installed-dev ## run the tests that take the database away in every way (minutes of waiting)
 	@$(BIN)/python -Im pytest tests/outages -n 2 --dist loadfile $(ARGS)

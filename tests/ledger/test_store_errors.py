@@ -73,7 +73,7 @@ class Conflicts:
         if self.calls <= self.conflicts:
             raise asyncpg.DeadlockDetectedError("deadlock")
         ids = [UUID(item["request_id"]) for item in json.loads(items)]
-        return [{"request_id": request_id, "answer": '{"verdict": "void"}'} for request_id in ids]
+        return [{"request_id": request_id, "answer": '{"verdict": "void"}', "rates": "[]"} for request_id in ids]
 
 
 def test_an_admission_in_conflict_is_asked_again_but_not_for_ever() -> None:
