@@ -55,6 +55,7 @@ from behest_proxy.chunk import (
     with_usage_cost,
 )
 from behest_proxy.errors import LedgerUnavailable, QuotaExceeded, ShownError, UpstreamError, UpstreamTimeout
+from behest_proxy.likeness import Likeness
 from behest_proxy.meter import Meter
 from behest_proxy.sse import DONE, DONE_PAYLOAD, NamedEvent, SseFramer, SseTooLarge, data_event, data_events
 from behest_proxy.terms import Phase, Terms
@@ -83,6 +84,7 @@ class Exchange:
             metered=terms.metered,
         )
         self._framer = SseFramer() if terms.upstream_streams else WholeFramer()
+        self._likeness = Likeness()
         self._is_paid_whole = False
         """A whole answer whose usage is within the hold: there is nothing to count."""
         self._usage = UsageState()
@@ -197,6 +199,10 @@ class Exchange:
     def upstream_data(self, data: bytes, now_s: float) -> list[Action]:
         """Body bytes of one read: the way of a chunk."""
         phase = self.phase
+        if phase is Phase.STREAMING and self._framer.is_between_events and not self._pending:
+            texts = self._likeness.texts_of(data)
+            if texts is not None and self._upstream_over is None and (actions := self._walk_alike(texts, data)):
+                return actions
         if phase is Phase.REFUSED:
             room = provider_errors.ERROR_BODY_BYTES_MAX - len(self._error_body)
             self._error_body += data[:room]
@@ -295,6 +301,8 @@ class Exchange:
                 if text is not None and payload.__class__ is bytes:
                     if pay(count(text)):
                         forward.append(payload)
+                        if self._aggregator is None:
+                            self._likeness.learn(payload, text)
                         continue
                     self._pending = payloads[index:]
                     break
@@ -318,15 +326,18 @@ class Exchange:
         if self._pending:
             missing = self._missing_for(self._pending[0])
             return [*actions, Pause(), *self._ask(missing, is_short=True)]
-        if (
-            self._meter.runs_low
-            and self._asked is None
-            and not self._early_ask_refused
-            and self.phase is Phase.STREAMING
-            and self._upstream_over is None
-        ):
-            actions += self._ask(1, is_short=False)
+        if self._meter.runs_low and self.phase is Phase.STREAMING and self._upstream_over is None:
+            actions += self._ask_ahead()
         return actions
+
+    def _walk_alike(self, texts: list[str], read: bytes) -> list[Action] | None:
+        """The walk of a read that needs no parsing: handed over as it came. None: the credit is too short for it."""
+        count = self._terms.count
+        tokens = count(texts[0]) if len(texts) == 1 else sum(map(count, texts))
+        if not self._meter.pay(tokens):
+            return None
+        self._chunks += len(texts)
+        return [Write(read), *self._ask_ahead()] if self._meter.runs_low else [Write(read)]
 
     def _walk_pending(self, now_s: float) -> list[Action]:
         """Walk over what waited, and go on where it is through."""
@@ -431,6 +442,10 @@ class Exchange:
         except AggregateTooLarge:
             return self._end(Outcome.UPSTREAM_ERROR, now_s, UpstreamError("the provider's answer is too large"))
         return []
+
+    def _ask_ahead(self) -> list[Action]:
+        """Half of the tranche is used: ask for the next one, while the stream goes on."""
+        return [] if self._asked is not None or self._early_ask_refused else self._ask(1, is_short=False)
 
     def _ask(self, need_tokens: int, *, is_short: bool) -> list[Action]:
         if self._asked is not None:

@@ -64,6 +64,11 @@ class SseFramer:
         self._start: bytes | None = b""  # what may become a byte order mark; None behind the start
         self._after_cr = False
 
+    @property
+    def is_between_events(self) -> bool:
+        """The next byte begins an event, as far as is known: nothing of one is kept, and no CR waits for its LF."""
+        return not self._rest and not self._irregular
+
     def feed(self, data: bytes) -> list[SseEvent]:
         """The payloads of the events that end in `data`, the next bytes of the stream.
 

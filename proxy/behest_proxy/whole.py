@@ -30,6 +30,8 @@ class WholeFramer:
 
     __slots__ = ("_data", "_size_bytes", "usage")
 
+    is_between_events = False
+
     def __init__(self) -> None:
         self._data: list[bytes] = []
         self._size_bytes = 0

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import contextlib
+import gc
 import inspect
 import logging
 import re
@@ -109,10 +110,20 @@ async def _serve(settings: Settings) -> int:
                 graceful_timeout_s=_STOP_S,
             )
         )
+        _spare_what_stays()
         await asked_to_stop.wait()
         await gateway.drain()
         drained.set()
     return 0
+
+
+def _spare_what_stays() -> None:
+    """Let the garbage collector look only at what came after the start: the modules alone cost it 30 ms each time.
+
+    Its full passes stop every stream, and come whenever a quarter more is alive; a sidecar's own garbage is small.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 async def _started(settings: Settings, asked_to_stop: asyncio.Event) -> "Gateway | None":
