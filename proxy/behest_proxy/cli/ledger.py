@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from behest_proxy.cli.correct import add_correct_parser, run_correct
 from behest_proxy.cli.database import add_database_arguments, dsn_from, ledger_errors_shown
+from behest_proxy.cli.export import add_export_parser, run_export
 from behest_proxy.cli.roles import add_role_parser, run_role
 from behest_proxy.cli.terminal import UserError
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 def add_parser(subparsers: Any) -> None:
     """Add `ledger` and its own commands."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
-        "ledger", help="the books: migrate, verify, top, keep, correct, role", description="The books."
+        "ledger", help="the books: migrate, verify, top, keep, export, correct, role", description="The books."
     )
     commands = parser.add_subparsers(dest="ledger_command", required=True, metavar="COMMAND")
     migrate = commands.add_parser("migrate", help="bring the schema to this version")
@@ -85,6 +86,7 @@ def add_parser(subparsers: Any) -> None:
     )
     for command in (migrate, verify, top, keep):
         add_database_arguments(command)
+    add_export_parser(commands)
     add_correct_parser(commands)
     add_role_parser(commands)
 
@@ -93,6 +95,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Run one of the ledger's commands."""
     if arguments.ledger_command == "role":
         return run_role(arguments)
+    if arguments.ledger_command == "export":
+        return run_export(arguments)
     if arguments.ledger_command == "correct":
         return run_correct(arguments)
     dsn = dsn_from(arguments)

@@ -58,7 +58,7 @@ COMMANDS: dict[str, Command] = {
     "keys": Command("behest_proxy.cli.keys", "create, list and revoke API keys; signing keys", _SET),
     "provider-keys": Command("behest_proxy.cli.provider_keys", "keep projects' own keys for providers", _SET),
     "prices": Command("behest_proxy.cli.prices", "show, compare and update the price book", _SET),
-    "ledger": Command("behest_proxy.cli.ledger", "migrate, verify, top, keep", _BOOKS),
+    "ledger": Command("behest_proxy.cli.ledger", "migrate, verify, top, keep, export", _BOOKS),
 }
 
 EXTRAS: dict[str, Command] = {
