@@ -48,7 +48,7 @@ define install
 	@touch $(2)
 endef
 
-.PHONY: always help up down install-dev test test-simulation test-outages test-cluster test-image torture check bench clean-venv
+.PHONY: always help up down install-dev test test-simulation test-outages test-cluster test-image test-focus torture check bench clean-venv
 
 help: ## show this list
 	@echo "Behest: an OpenAI-compatible streaming gateway whose budgets hold, to the last token."
@@ -79,6 +79,9 @@ test-cluster: $(VENV)/.installed-dev ## run the tests that need a Kubernetes API
 
 test-image: $(VENV)/.installed-dev ## build the image, run the sidecar in a container of it (as root; buildah, containerd)
 	@$(BIN)/python -Im pytest tests/images -s $(ARGS)
+
+test-focus: $(VENV)/.installed-dev ## let the official FOCUS validator judge a bill (needs Python 3.12, made ready here, once)
+	@$(BIN)/python -Im pytest tests/focus $(ARGS)
 
 torture: $(VENV)/.installed-dev ## kill -9 sidecars and PostgreSQL for a while, then look at the books
 	@PYTHONPATH=tests $(BIN)/python -m torture.run $(ARGS)

@@ -12,7 +12,7 @@ import pytest
 
 from behest_ledger.billing import BillingPeriodError, BillingRow, hours_between
 from behest_ledger.corrections import Correction
-from behest_ledger.store.billing import billing_rows, lines_query
+from behest_ledger.store.billing import billing_rows, lines_query, next_query
 from behest_ledger.store.corrections import correct
 from behest_ledger.store.pool import connect
 from ledger.books import TENANT, Books, granted, keep_books, settlement
@@ -188,6 +188,13 @@ def test_an_hour_is_found_by_indexes_alone(dsn: str) -> None:
                 query = lines_query(of_project=of_project, by_session=True)
                 plan = "\n".join(row[0] for row in await connection.fetch(f"EXPLAIN {query}", hour, hour + HOUR, *who))
                 assert "Seq Scan" not in plan, plan
+                plan = "\n".join(
+                    row[0]
+                    for row in await connection.fetch(
+                        f"EXPLAIN {next_query(of_project=of_project)}", hour, hour + HOUR, *who
+                    )
+                )
+                assert "Seq Scan" not in plan, plan
 
     keep_books(dsn, work)
 
@@ -210,5 +217,17 @@ def test_the_cursor_takes_no_more_rows_than_it_may(dsn: str, monkeypatch: pytest
             pieces = billing_rows(connection, present_hour() - HOUR, present_hour() + HOUR, by_session=True)
             sizes = [len(rows) async for _, rows in pieces]
         assert (max(sizes), sum(sizes)) == (2, 10)
+
+
+def test_ten_years_without_a_charge_take_a_few_questions(dsn: str) -> None:
+    async def work(books: Books) -> None:
+        asked: list[str] = []
+        async with connected(books) as connection:
+            connection.add_query_logger(lambda query: asked.append(query.query))
+            long_ago = present_hour() - timedelta(days=3652)
+            assert [row async for row in billing_rows(connection, long_ago, present_hour() + HOUR)] == []
+            assert len(asked) < 30
+
+    keep_books(dsn, work)
 
     keep_books(dsn, work)

@@ -28,6 +28,7 @@ class ParquetFile:
         """Raises `ParquetMissingError`."""
         try:
             import pyarrow as pa
+            import pyarrow.parquet as pq
         except ImportError:
             raise ParquetMissingError("Parquet needs pyarrow: pip install 'behest-sidecar[finops]'") from None
         types = {
@@ -40,7 +41,7 @@ class ParquetFile:
         self._columns = columns_of(version)
         self._schema = pa.schema([(name, types[KINDS[name]]) for name in self._columns])
         self._bytes = io.BytesIO()
-        self._writer: Any = pa.parquet.ParquetWriter(self._bytes, self._schema, compression="zstd")
+        self._writer: Any = pq.ParquetWriter(self._bytes, self._schema, compression="zstd")
         self._waiting: list[dict[str, Any]] = []
 
     def written(self, rows: Iterable[BillingRow]) -> bytes:

@@ -17,6 +17,9 @@ from behest_ledger.store.pool import Connection
 FETCHED_ROWS = 1000
 """Rows that are in memory at once: what a cursor brings in one round trip."""
 
+HOUR_TIMEOUT_S = 120.0
+"""For the sums of one hour. They are read from the lines themselves, so a busy hour takes some seconds."""
+
 # $1 begin, $2 end; $3 tenant and $4 project, where the bill is one project's. The requests of an hour first, then their
 # lines by key: the settings forbid to read all lines of a month for it.
 _LINES = """
@@ -68,18 +71,56 @@ async def billing_rows(
     project: tuple[str, str] | None = None,
     by_session: bool = False,
 ) -> AsyncIterator[tuple[datetime, list[BillingRow]]]:
-    """What was charged in [begin, end), whole hours: pieces of at most `FETCHED_ROWS` rows, with the time that is done.
+    """What was charged in [begin, end), whole hours: pieces of at most `FETCHED_ROWS` rows, with the hour they are of.
 
-    An hour without a charge is one empty piece. `project` is (tenant, project's id). Each hour is read as it is when it
-    is reached, in a transaction of its own: an hour that is over does not change any more, and no snapshot is held that
-    would keep the ledger from cleaning up. Raises `LedgerUnavailableError`.
+    `project` is (tenant, project's id). Each hour is read as it is when it is reached, in a transaction of its own: an
+    hour that is over does not change any more, and no snapshot is held that would keep the ledger from cleaning up.
+    Raises `LedgerUnavailableError`.
     """
     query = lines_query(of_project=project is not None, by_session=by_session)
-    hour = begin
+    who = project or ()
+    hour = await _next_hour(connection, begin, end, *who)
     while hour < end:
-        async for rows in _of_one_hour(connection, query, hour, *(project or ())):
-            yield hour, rows
+        nothing = True
+        async for rows in _of_one_hour(connection, query, hour, *who):
+            if rows:
+                nothing = False
+                yield hour, rows
         hour += HOUR
+        if nothing:
+            hour = await _next_hour(connection, hour, end, *who)
+
+
+_NEXT = """
+SELECT least((SELECT min(r.ended_at) FROM ledger.request r WHERE r.ended_at >= $1 AND r.ended_at < $2{request}),
+             (SELECT min(c.corrected_at) FROM ledger.correction c
+              WHERE c.corrected_at >= $1 AND c.corrected_at < $2{correction}))
+"""
+
+
+def next_query(*, of_project: bool) -> str:
+    """The query that looks for the next hour with a line: for who looks at its plan."""
+    return _NEXT.format(
+        request=" AND r.tenant_id = $3 AND r.project_id = $4" if of_project else "",
+        # Whose project a correction is of is not in its row: an hour too many is looked at.
+        correction=" AND c.tenant_id = $3" if of_project else "",
+    )
+
+
+async def _next_hour(connection: Connection, hour: datetime, end: datetime, *who: str) -> datetime:
+    """The next hour in which anything was written; `end`: none. What is looked at grows with the gap, not beyond."""
+    query = next_query(of_project=bool(who))
+    span = HOUR
+    while hour < end:
+        with mapped():
+            found: datetime | None = await connection.fetchval(
+                query, hour, min(hour + span, end), *who, timeout=HOUR_TIMEOUT_S
+            )
+        if found is not None:
+            return found.replace(minute=0, second=0, microsecond=0)
+        hour += span
+        span *= 2
+    return end
 
 
 async def _of_one_hour(
@@ -89,9 +130,9 @@ async def _of_one_hour(
         async with connection.transaction(readonly=True):
             for setting in _SETTINGS:
                 await connection.execute(f"SET LOCAL {setting}")
-            cursor = await connection.cursor(query, hour, hour + HOUR, *who)
+            cursor = await connection.cursor(query, hour, hour + HOUR, *who, timeout=HOUR_TIMEOUT_S)
             while True:
-                rows: list[Any] = await cursor.fetch(FETCHED_ROWS)
+                rows: list[Any] = await cursor.fetch(FETCHED_ROWS, timeout=HOUR_TIMEOUT_S)
                 yield [msgspec.convert(dict(row), BillingRow, strict=False) for row in rows]
                 if len(rows) < FETCHED_ROWS:
                     return

@@ -7,6 +7,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route, Router
 
+from behest_proxy.app.billing import BillingExport
 from behest_proxy.app.border import Border
 from behest_proxy.app.chat import ChatCompletions
 from behest_proxy.app.endpoints import Endpoints
@@ -41,6 +42,7 @@ def client_app(gateway: Gateway, *, by_pod: bool = False) -> Any:
             Route("/v1/threads/{thread_id}/messages", endpoints.thread, methods=["GET"]),
             Route("/v1/usage", usage.usage, methods=["GET"]),
             Route("/v1/billing/usage", usage.billing_usage, methods=["GET"]),
+            Route("/v1/billing/export", BillingExport(gateway).export, methods=["GET"]),
         ],
         redirect_slashes=False,
     )

@@ -18,6 +18,11 @@ class MountedFiles:
         self._dsn = settings.database_url
         self._signing_pem = settings.signing_key_file.read_bytes()
 
+    @property
+    def database_url(self) -> str:
+        """The ledger's login as it is now."""
+        return self._dsn
+
     async def reread(self, pool: Connection, signing_keys: SigningKeys) -> None:
         """Use what has changed. What cannot be read or used is left for the next look, and said.
 

@@ -9,7 +9,11 @@ from typing import Any, get_args
 
 import msgspec
 
+from behest_ledger.focus.columns import VERSIONS
+from behest_ledger.focus.csv_file import CsvFile
+from behest_ledger.focus.parquet_file import ParquetFile
 from behest_ledger.store.usage import Granularity
+from behest_proxy.app.billing import FORMATS
 from behest_proxy.identity.caller import ROLES
 from behest_proxy.identity.mint import TTL_DEFAULT_S, TTL_MAX_S, TTL_MIN_S, MintAnswer
 
@@ -148,8 +152,9 @@ def _operation(
     parameters: tuple[Schema, ...] = (),
     body: str | None = None,
     stream: bool = False,
+    media_types: tuple[str, ...] = ("application/json",),
 ) -> Schema:
-    content: Schema = {"application/json": {"schema": answer}}
+    content: Schema = {media_type: {"schema": answer} for media_type in media_types}
     if stream:
         content["text/event-stream"] = {"schema": {"type": "string"}}
     codes = sorted({*errors.split(), *(("401", "403", "503") if security else ())})
@@ -167,6 +172,23 @@ def _operation(
     if body:
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": _ref(body)}}}
     return operation
+
+
+def _export() -> Schema:
+    return _operation(
+        "billingExport",
+        "The project's bill as FOCUS, in hours of UTC; for the role admin",
+        {"type": "string"},
+        errors="400 429",
+        parameters=(
+            _query("from", _TIME_PARAMETER, "the first hour (default: the first of this month)"),
+            _query("to", _TIME_PARAMETER, "the hour after the last (default: the hour that runs)"),
+            _query("format", {"enum": list(FORMATS), "default": FORMATS[0]}, "the form of the file"),
+            _query("focus_version", {"enum": list(VERSIONS), "default": VERSIONS[0]}, "of the specification"),
+            _query("per_session", {"enum": ["true", "false"], "default": "false"}, "a row for each user and session"),
+        ),
+        media_types=(CsvFile.media_type.partition(";")[0], ParquetFile.media_type),
+    )
 
 
 def _paths() -> dict[str, Any]:
@@ -220,6 +242,7 @@ def _paths() -> dict[str, Any]:
                 parameters=(_FROM, _TO),
             )
         },
+        "/v1/billing/export": {"get": _export()},
         "/v1/threads": {"get": _operation("threads", "The caller's threads", _list({"type": "object"}))},
         "/v1/threads/{thread_id}": {
             "get": _operation("thread", none, {"type": "object"}, **thread),

@@ -63,11 +63,11 @@ class Usage:
                     zone=zone.key,
                 )
         except LedgerForbiddenError:
-            raise _ledger_away() from None
+            raise ledger_away() from None
         except LedgerRefusedError:
             raise InvalidRequest(f"tz: the ledger has no time zone {zone.key!r}", param="tz") from None
         except LedgerError:
-            raise _ledger_away() from None
+            raise ledger_away() from None
         return json_response(
             {
                 "totals": _sums(bins),
@@ -90,7 +90,7 @@ class Usage:
                     user_id=None if caller.sees_every_user else caller.user_id,
                 )
         except LedgerError:
-            raise _ledger_away() from None
+            raise ledger_away() from None
         return json_response(
             {
                 "project_id": project.project_id,
@@ -106,7 +106,8 @@ class Usage:
         return caller, project_of(self._gateway, caller, context)
 
 
-def _ledger_away() -> LedgerUnavailable:
+def ledger_away() -> LedgerUnavailable:
+    """What a caller is told of a ledger that did not answer."""
     return LedgerUnavailable("the ledger cannot be reached", retry_after_s=1)
 
 
@@ -176,8 +177,8 @@ def _zone(request: Request) -> ZoneInfo:
 
 
 def _between(request: Request, zone: ZoneInfo) -> tuple[datetime, datetime]:
-    end = _moment(request, "to", zone) or datetime.now(UTC)
-    begin = _moment(request, "from", zone) or end - WINDOW_DEFAULT
+    end = moment_param(request, "to", zone) or datetime.now(UTC)
+    begin = moment_param(request, "from", zone) or end - WINDOW_DEFAULT
     if begin > end:
         raise InvalidRequest("from: must not be after to", param="from")
     return begin, end
@@ -187,7 +188,7 @@ def _between(request: Request, zone: ZoneInfo) -> tuple[datetime, datetime]:
 _UNENCODED_OFFSET = re.compile(r" (\d\d:?\d\d)$")
 
 
-def _moment(request: Request, name: str, zone: ZoneInfo) -> datetime | None:
+def moment_param(request: Request, name: str, zone: ZoneInfo) -> datetime | None:
     """A query parameter as a time: RFC 3339, or without an offset, or a plain date, which are meant in the zone."""
     text = request.query_params.get(name)
     if not text:
