@@ -38,17 +38,18 @@ FIND_PYTHON = \
 	  exit 1; \
 	fi
 
-# $(call install,EXTRAS,STAMP): install this tree with extras; only a complete installation leaves its stamp.
+# $(call install,EXTRAS,STAMP,FURTHER): install this tree with extras, and further trees; only a complete installation
+# leaves its stamp.
 define install
 	@echo "Installing Behest [$(1)] into $(VENV) (the first time takes a minute) ..."
-	@$(PIP_ENVIRONMENT) $(BIN)/python -m pip install --quiet --progress-bar off -e '.[$(1)]' || { \
+	@$(PIP_ENVIRONMENT) $(BIN)/python -m pip install --quiet --progress-bar off -e '.[$(1)]' $(3) || { \
 	  echo "behest: pip could not install the packages (see above); check the network and its proxy" \
 	       "(HTTPS_PROXY, PIP_INDEX_URL), then run make again" >&2; \
 	  exit 1; }
 	@touch $(2)
 endef
 
-.PHONY: always help up down install-dev test test-simulation test-outages test-cluster test-image test-focus torture check bench clean-venv
+.PHONY: always help up down install-dev test test-sdk test-simulation test-outages test-cluster test-image test-focus torture check bench clean-venv
 
 help: ## show this list
 	@echo "Behest: an OpenAI-compatible streaming gateway whose budgets hold, to the last token."
@@ -67,6 +68,9 @@ install-dev: $(VENV)/.installed-dev ## make .venv with everything that the tests
 
 test: $(VENV)/.installed-dev ## run every test that needs no cluster and no browser
 	@$(BIN)/python -Im pytest -n 3 --dist loadfile $(ARGS)
+
+test-sdk: $(VENV)/.installed-dev ## run the tests of the clients
+	@$(BIN)/python -Im pytest sdk/python/tests -n 2 --dist loadfile $(ARGS)
 
 test-simulation: $(VENV)/.installed-dev ## play 2,000 small worlds and 20 of 300 sidecars in simulated time (a minute)
 	@$(BIN)/python -Im pytest tests/simulation -n 2 --dist loadfile $(ARGS)
@@ -127,8 +131,8 @@ $(VENV)/.installed-up: $(VENV)/.made pyproject.toml
 	$(call install,embedded$(comma)demo,$@)
 
 # All that `up` needs is part of it.
-$(VENV)/.installed-dev: $(VENV)/.made pyproject.toml
-	$(call install,dev,$@)
+$(VENV)/.installed-dev: $(VENV)/.made pyproject.toml sdk/python/pyproject.toml
+	$(call install,dev,$@,-e ./sdk/python)
 	@touch $(VENV)/.installed-up
 
 # The peers that the figures are measured against.

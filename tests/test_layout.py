@@ -50,7 +50,8 @@ def test_every_folder_of_tests_is_run_by_make_test_or_has_a_command_of_its_own(r
     project = tomllib.loads((repository / "pyproject.toml").read_text())
     run = set(project["tool"]["pytest"]["ini_options"]["testpaths"])
     makefile = (repository / "Makefile").read_text()
-    for folder in sorted({path.parent for path in (repository / "tests").rglob("test_*.py")}):
+    tests = [*(repository / "tests").rglob("test_*.py"), *(repository / "sdk").glob("*/tests/**/test_*.py")]
+    for folder in sorted({path.parent for path in tests}):
         name = folder.relative_to(repository).as_posix()
         if folder != repository / "tests":
             assert name in run or f"pytest {name}" in makefile, f"nobody runs {name}"

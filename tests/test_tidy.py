@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOTS = [root for root in ("proxy", "ledger", "operator") if (ROOT / root).is_dir()]
-MODULES = sorted(path for root in ROOTS for path in (ROOT / root).rglob("*.py"))
+SOURCES = [*(ROOT / root for root in ROOTS), ROOT / "sdk" / "python" / "behest"]
+MODULES = sorted(path for source in SOURCES for path in source.rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 FUNCTION_LINES_MAX = 70

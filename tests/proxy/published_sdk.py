@@ -9,8 +9,9 @@ import sys
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-import behest
 import openai
+
+import behest
 
 GIVEN = json.loads(os.environ["GIVEN"])
 BASE_URL = GIVEN["base_url"]

@@ -1,0 +1,82 @@
+"""What a stream of either client knows and decides; the clients' own classes read and wait. No I/O."""
+
+from collections import deque
+from collections.abc import Mapping
+
+from openai.types.chat import ChatCompletionChunk
+
+from behest.calls import ChatCall
+from behest.errors import BehestConnectionError, BehestError
+from behest.reply import Reply
+from behest.retries import Retries
+
+__all__ = ["StreamState"]
+
+
+class StreamState:
+    """The state of one answer as its caller sees it."""
+
+    def __init__(self, call: ChatCall, retries: Retries) -> None:
+        self._call = call
+        self._retries = retries
+        self._reply = Reply(choices=call.choices, wants_usage=call.wants_usage)
+        self._pending: deque[ChatCompletionChunk] = deque()
+        self._headers: Mapping[str, str] | None = None
+        """Of the last answer; None: there was none yet."""
+        self._is_ended = False
+        """Everything was given out, or an error was."""
+        self._is_left = False
+        """The caller closed it before."""
+
+    @property
+    def text(self) -> str:
+        """What the first choice has said so far."""
+        return self._reply.text
+
+    @property
+    def last_event_id(self) -> str | None:
+        """The last chunk that came, as the gateway names it."""
+        return self._reply.last_event_id
+
+    @property
+    def request_id(self) -> str | None:
+        """The id of the (last) request in the gateway's books."""
+        return self._headers.get("x-request-id") if self._headers is not None else None
+
+    @property
+    def trace_id(self) -> str | None:
+        """The id of the (last) request's trace."""
+        return self._headers.get("x-trace-id") if self._headers is not None else None
+
+    def _begun(self, headers: Mapping[str, str]) -> None:
+        self._headers = headers
+        self._reply.connected(headers)
+
+    def _received(self, data: bytes) -> None:
+        chunks = self._reply.receive(data)
+        self._pending.extend(chunks)
+        if chunks:
+            self._retries.progressed()
+
+    def _check_open(self) -> None:
+        if self._is_left:
+            raise BehestError("this stream was left before its end", code="stream_closed")
+
+    def _leave(self) -> None:
+        self._is_left = not self._is_ended
+        self._pending.clear()
+
+    def _wait_s(self, failure: BehestError) -> float:
+        """How long to wait before the next connection. Raises the failure, for good, where there shall be none."""
+        wait_s = self._retries.wait_s(failure, is_safe=self._may_repeat(failure))
+        if wait_s is None:
+            self._is_ended = True
+            failure.partial_text = self._reply.text
+            raise failure
+        return wait_s
+
+    def _may_repeat(self, failure: BehestError) -> bool:
+        if self._headers is None:  # an answer with an error has charged nothing; no answer may have
+            known = not isinstance(failure, BehestConnectionError)
+            return known or self._call.has_thread or self._call.has_key
+        return self._call.has_thread and self._reply.can_continue

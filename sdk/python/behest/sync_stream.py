@@ -1,0 +1,113 @@
+"""A stream of chunks for programs without asyncio: reads, waits, connects again."""
+
+import contextlib
+import time
+from collections.abc import Callable, Generator, Iterator
+from typing import Self
+
+import httpx2
+from openai.types.chat import ChatCompletionChunk
+
+from behest.calls import NETWORK_ERRORS, ChatCall
+from behest.errors import BehestError
+from behest.retries import Retries
+from behest.stream_state import StreamState
+
+__all__ = ["ChatStreamSync"]
+
+
+class ChatStreamSync(StreamState):
+    """The chunks of one answer.
+
+    Leaving the loop (`break`, an exception) ends the call: the provider stops, and nothing more is charged. With a
+    `thread_id` a connection that is cut is made again, and the text goes on without gap or repetition.
+    """
+
+    def __init__(
+        self, connect: Callable[[ChatCall, str | None], httpx2.Response], call: ChatCall, retries: Retries
+    ) -> None:
+        """Made by the client: `behest.chat.completions.create(..., stream=True)`."""
+        super().__init__(call, retries)
+        self._connect = connect
+        self._answer: httpx2.Response | None = None
+        self._body: Iterator[bytes] = iter(())
+
+    def begin(self) -> None:
+        """Connect. The client does it."""
+        try:
+            self._connected()
+        except BehestError as failure:
+            self._connect_again(failure)
+
+    def __next__(self) -> ChatCompletionChunk:
+        """The next chunk. Unlike a loop it leaves the call open: close it, or use `with`."""
+        self._check_open()
+        while not self._pending:
+            if self._is_ended:
+                raise StopIteration
+            self._more()
+        return self._pending.popleft()
+
+    def __iter__(self) -> Generator[ChatCompletionChunk]:
+        """A generator: Python closes it as soon as its loop is left, and with it the call."""
+        try:
+            while True:
+                try:
+                    chunk = self.__next__()
+                except StopIteration:
+                    return
+                yield chunk
+        finally:
+            self.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the call."""
+        self._leave()
+        self._disconnect()
+
+    def _more(self) -> None:
+        """One read, or what follows from the end of a connection."""
+        reply = self._reply
+        if reply.is_over:
+            if reply.failure is not None:
+                self._disconnect()
+                self._connect_again(reply.failure)
+                return
+            self._is_ended = True
+            # The connection can be used again only when its body was read to the end.
+            with contextlib.suppress(*NETWORK_ERRORS):
+                for _ in self._body:
+                    pass
+            self._disconnect()
+            return
+        try:
+            self._received(next(self._body))
+        except StopIteration:
+            reply.ended()
+        except NETWORK_ERRORS as error:
+            reply.ended(f"{type(error).__name__}: {error}".rstrip(": "))
+
+    def _connected(self) -> None:
+        self._answer = self._connect(self._call, self._reply.last_event_id)
+        self._body = self._answer.iter_bytes()
+        self._begun(self._answer.headers)
+
+    def _connect_again(self, failure: BehestError) -> None:
+        while True:
+            time.sleep(self._wait_s(failure))
+            try:
+                self._connected()
+            except BehestError as again:
+                failure = again
+            else:
+                return
+
+    def _disconnect(self) -> None:
+        if self._answer is not None:
+            self._answer.close()
