@@ -61,9 +61,10 @@ class FakeKubernetes(Kubernetes):
         found = self.objects.get(path.removesuffix("/status"))
         if found is None:
             raise KubernetesError(404, f"{path} not found")
+        version = document.get("metadata", {}).get("resourceVersion")
+        if version not in (None, found["metadata"].get("resourceVersion")):
+            raise KubernetesError(409, "the object has been modified")
         if method == "PUT":
-            if document["metadata"].get("resourceVersion") not in (None, found["metadata"]["resourceVersion"]):
-                raise KubernetesError(409, "the object has been modified")
             return self._keep(path, document)
         if method == "PATCH":
             return self._keep(path.removesuffix("/status"), _merged(found, document))

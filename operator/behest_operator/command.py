@@ -5,6 +5,7 @@ import asyncio
 import logging
 import os
 import sys
+from collections.abc import Coroutine
 from typing import Any
 
 import kopf
@@ -12,7 +13,8 @@ import kopf
 from behest_ledger.store.errors import LedgerError, SchemaError
 from behest_ledger.store.keeper import Keeper
 from behest_ledger.store.migrate import check_schema
-from behest_ledger.store.pool import open_pool
+from behest_ledger.store.pool import open_pool, use_dsn
+from behest_operator.gateway_login import GatewayLogin
 from behest_operator.handlers import Handlers, configure
 from behest_operator.kubernetes import Credentials, Kubernetes, KubernetesError
 from behest_operator.namespace_secrets import NamespaceSecrets
@@ -21,6 +23,9 @@ from behest_operator.settings import OperatorSettings, SettingsError, help_text
 from behest_operator.status import BudgetBoard
 
 logger = logging.getLogger(__name__)
+
+REREAD_S = 5.0
+_NAME = "behest operator"
 
 
 def add_parser(subparsers: Any) -> None:
@@ -79,7 +84,7 @@ class _Process:
         self._master_key = master_key
         self._kubernetes = Kubernetes(credentials)
         self._registry = registry
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: dict[str, asyncio.Task[None]] = {}
         self._pool: Any = None
 
     def register(self) -> None:
@@ -91,7 +96,7 @@ class _Process:
     async def _start(self, *, settings: kopf.OperatorSettings, **_: Any) -> None:
         configure(settings)
         try:
-            self._pool = await open_pool(self._settings.database_url, application_name="behest operator")
+            self._pool = await open_pool(self._settings.database_url, application_name=_NAME)
             await check_schema(self._pool)
         except SchemaError as error:
             raise kopf.PermanentError(str(error)) from None
@@ -103,25 +108,53 @@ class _Process:
             kubernetes=self._kubernetes,
             pool=self._pool,
             master_key=self._master_key,
-            sidecar_dsn=self._settings.sidecar_database_url,
+            sidecar_dsn=self._settings.sidecar_url,
         )
+        gateway = self._settings.gateway()
         Handlers(Reconciler(self._pool, secrets), self._kubernetes, board).register(self._registry)
-        keeper = Keeper(
-            self._settings.database_url, grace_s=self._settings.grace_hours * 3600, policy=self._settings.policy
-        )
-        self._tasks = [
-            asyncio.create_task(keeper.run(), name="keeper"),
-            asyncio.create_task(board.run(), name="status of budgets"),
-        ]
+        self._begin("keeper", self._keep(self._settings))
+        self._begin("status of budgets", board.run())
+        self._begin("the ledger's login", self._reread(secrets, gateway))
+        if gateway is not None:
+            self._begin("the gateway's login", gateway.run(self._kubernetes, self._pool, secrets.busy))
         webhook = self._settings.webhook
         if webhook is not None:
-            looking = webhook.run(self._kubernetes)
-            self._tasks.append(asyncio.create_task(looking, name="webhook's certificate"))
+            self._begin("the webhook's certificate", webhook.run(self._kubernetes))
+
+    def _begin(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        self._tasks[name] = asyncio.create_task(work, name=name)
+
+    async def _keep(self, settings: OperatorSettings) -> None:
+        keeper = Keeper(settings.database_url, grace_s=settings.grace_hours * 3600, policy=settings.policy)
+        await keeper.run()
+
+    async def _reread(self, secrets: NamespaceSecrets, gateway: GatewayLogin | None) -> None:
+        """Go on by another login, or with another ledger, when the mounted file says so."""
+        settings = self._settings
+        while True:
+            await asyncio.sleep(REREAD_S)
+            try:
+                read = OperatorSettings.read(os.environ)
+            except SettingsError as error:
+                logger.warning("the ledger's login cannot be read, the last one serves: %s", error)
+                continue
+            if read.database_url == settings.database_url:
+                continue
+            settings = read
+            logger.info("connecting to the ledger by the login of %s", settings.database_url_file)
+            await use_dsn(self._pool, settings.database_url, application_name=_NAME)
+            secrets.sidecar_dsn = settings.sidecar_url
+            if gateway is not None:
+                gateway.dsn = settings.database_url
+            keeper = self._tasks["keeper"]
+            keeper.cancel()
+            await asyncio.wait([keeper])
+            self._begin("keeper", self._keep(settings))
 
     async def _stop(self, **_: Any) -> None:
-        for task in self._tasks:
+        for task in self._tasks.values():
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
         await self._kubernetes.__aexit__()
         if self._pool is not None:
             self._pool.terminate()

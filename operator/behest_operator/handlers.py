@@ -4,7 +4,6 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from math import inf
 from typing import Any, overload
 
 import kopf
@@ -16,8 +15,9 @@ from behest_operator.annotations import TENANT_LABEL
 from behest_operator.conditions import Finding, merged
 from behest_operator.crds import GROUP, KINDS, VERSION
 from behest_operator.kubernetes import Kubernetes, KubernetesError
+from behest_operator.namespace_labels import NamespaceLabels
 from behest_operator.reconciler import Applied, Reconciler
-from behest_operator.status import BudgetBoard
+from behest_operator.status import BudgetBoard, plain
 
 logger = logging.getLogger(__name__)
 
@@ -35,10 +35,9 @@ class Handlers:
 
     def __init__(self, reconciler: Reconciler, kubernetes: Kubernetes, board: BudgetBoard) -> None:
         self._reconciler = reconciler
-        self._kubernetes = kubernetes
         self._board = board
         self._applied: dict[str, _Done] = {}
-        self._labels: dict[str, tuple[Mapping[str, str], float]] = {}
+        self._labels = NamespaceLabels(kubernetes)
 
     def register(self, registry: kopf.OperatorRegistry) -> None:
         """Tell kopf what to call."""
@@ -90,7 +89,8 @@ class Handlers:
         """What became of the resource; None: it was looked at `again`, and nothing can have changed."""
         metadata = body["metadata"]
         try:
-            labels = await self._labels_of(metadata["namespace"], fresh=not again)
+            namespace = metadata["namespace"]
+            labels = await (self._labels.lately(namespace, RESYNC_S) if again else self._labels.now(namespace))
             now_s = time.monotonic()
             done = _Done(generation=metadata.get("generation", 0), labels=labels, at_s=now_s)
             before = self._applied.get(metadata["uid"])
@@ -105,16 +105,6 @@ class Handlers:
             raise kopf.TemporaryError(finding.message, delay=RETRY_S) from None
         self._applied[metadata["uid"]] = done
         return applied
-
-    async def _labels_of(self, namespace: str, *, fresh: bool) -> Mapping[str, str]:
-        """A namespace's labels; not `fresh`, as they were up to a resync ago: thousands of resources ask for them."""
-        now_s = time.monotonic()
-        labels, read_at_s = self._labels.get(namespace, ({}, -inf))
-        if fresh or now_s - read_at_s >= RESYNC_S:
-            found = await self._kubernetes.get(f"/api/v1/namespaces/{namespace}")
-            labels = dict((found or {}).get("metadata", {}).get("labels") or {})
-            self._labels[namespace] = (labels, now_s)
-        return labels
 
 
 class _Done(msgspec.Struct, frozen=True, kw_only=True):
@@ -150,14 +140,21 @@ def _unknown(error: LedgerError | KubernetesError) -> Finding:
 
 
 def _write(applied: Applied, body: kopf.Body, patch: kopf.Patch) -> None:
+    """Write what is not in the status yet: after a restart that is nothing, for thousands of resources."""
     generation = body["metadata"].get("generation", 0)
-    patch.status["conditions"] = merged(_conditions(body), applied.findings, generation=generation, now=_now())
-    patch.status["observedGeneration"] = generation
+    wanted: dict[str, Any] = {
+        "conditions": merged(_conditions(body), applied.findings, generation=generation, now=_now()),
+        "observedGeneration": generation,
+    }
     if isinstance(applied.manifest, Project):
-        patch.status["projectID"] = applied.manifest.qualified_name
-        patch.status["tenant"] = applied.tenant
+        wanted["projectID"] = applied.manifest.qualified_name
+        wanted["tenant"] = applied.tenant
         secret_name = applied.manifest.spec.api_key_secret_name
-        patch.status["apiKey"] = {"secretName": secret_name, "key": "api-key"} if secret_name else None
+        wanted["apiKey"] = {"secretName": secret_name, "key": "api-key"} if secret_name else None
+    found = plain(body.get("status", {}))
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            patch.status[name] = value
 
 
 def _conditions(body: kopf.Body) -> list[dict[str, Any]]:

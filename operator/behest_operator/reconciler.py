@@ -13,9 +13,10 @@ import msgspec
 from behest_ledger.configuration.kinds import KindName, Manifest, Project, Upstream
 from behest_ledger.configuration.manifests import from_object
 from behest_ledger.configuration.problems import InvalidManifestsError
-from behest_ledger.store.configuration import ApplyReport, apply_manifests, remove
+from behest_ledger.store.configuration import remove
 from behest_ledger.store.pool import Connection
 from behest_ledger.store.roles import RoleError
+from behest_operator.batches import Batches
 from behest_operator.conditions import Finding
 from behest_operator.namespace_secrets import NamespaceSecrets
 from behest_operator.tenancy import TenancyError, tenant_of
@@ -52,6 +53,7 @@ class Reconciler:
     def __init__(self, pool: Connection, secrets: NamespaceSecrets) -> None:
         self._pool = pool
         self._secrets = secrets
+        self._batches = Batches(pool)
 
     async def apply(self, body: Mapping[str, Any], namespace_labels: Mapping[str, str]) -> Applied:
         """Make the ledger say what the resource says.
@@ -62,7 +64,7 @@ class Reconciler:
         try:
             tenant = tenant_of(namespace, namespace_labels)
             manifest = from_object(_without_defaults(body), namespace)
-            report: ApplyReport = await apply_manifests(self._pool, [manifest], tenants={namespace: tenant})
+            verdict = await self._batches.apply(manifest, tenant)
         except TenancyError as error:
             return refused("NoTenant", str(error))
         except InvalidManifestsError as error:
@@ -70,7 +72,7 @@ class Reconciler:
             tenant_is_wrong = any(problem.path in _TENANT_PATHS for problem in error.errors)
             reason = "TenantNotAllowed" if tenant_is_wrong else "Invalid"
             return refused(reason, "; ".join(f"{item.path}: {item.reason}".lstrip(": ") for item in error.errors))
-        message = "; ".join(report.warnings)
+        message = "; ".join(verdict.warnings)
         return Applied(
             findings=(
                 Finding(type="Accepted", status="True", reason="Accepted", message=message),
@@ -79,7 +81,7 @@ class Reconciler:
             ),
             manifest=manifest,
             tenant=tenant,
-            changed=report.outcomes[0].action != "unchanged",
+            changed=verdict.action != "unchanged",
         )
 
     async def _secrets_of(self, manifest: Manifest, tenant: str) -> list[Finding]:

@@ -12,6 +12,7 @@ from msgspec import Meta
 
 from behest_ledger.sealing import SealingError, key_from_text
 from behest_ledger.store.keeper import Policy
+from behest_operator.gateway_login import GatewayLogin
 from behest_operator.webhook_certificates import WebhookCertificates
 
 _POSTGRESQL = "^postgres(ql)?://"
@@ -49,6 +50,8 @@ class OperatorSettings(msgspec.Struct, frozen=True, kw_only=True):
     webhook_namespace: Annotated[str, Meta(description="with it: the webhook's namespace")] = ""
     webhook_secret: Annotated[str, Meta(description="with it: the Secret that the webhook mounts")] = ""
     webhook_service: Annotated[str, Meta(description="with it: the Service that the API server calls")] = ""
+    gateway_namespace: Annotated[str, Meta(description="the gateway's namespace, where there is a gateway")] = ""
+    gateway_secret: Annotated[str, Meta(description="with it: the Secret that its login is written into")] = ""
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="how much is logged")] = "info"
     liveness_bind: Annotated[str, Meta(pattern=_BIND, description="where probes connect")] = "0.0.0.0:8081"
 
@@ -63,6 +66,12 @@ class OperatorSettings(msgspec.Struct, frozen=True, kw_only=True):
             secret=self.webhook_secret,
             service=self.webhook_service,
         )
+
+    def gateway(self) -> GatewayLogin | None:
+        """The Secret with the gateway's login; None: there is no gateway."""
+        if not self.gateway_secret:
+            return None
+        return GatewayLogin(namespace=self.gateway_namespace, secret=self.gateway_secret, dsn=self.database_url)
 
     def master_key(self) -> bytes:
         """The key in `master_key_file`. Raises `SettingsError`."""
@@ -79,13 +88,20 @@ class OperatorSettings(msgspec.Struct, frozen=True, kw_only=True):
             for member in ("webhook_namespace", "webhook_secret", "webhook_service"):
                 if not getattr(given, member):
                     raise SettingsError(f"{_variable(member)} is not set: BEHEST_WEBHOOK_CONFIGURATION needs it")
+        if bool(given.gateway_namespace) != bool(given.gateway_secret):
+            raise SettingsError("BEHEST_GATEWAY_NAMESPACE and BEHEST_GATEWAY_SECRET belong together: set both or none")
         url = given.database_url
         if not url:
             if not given.database_url_file:
                 raise SettingsError(f"BEHEST_DATABASE_URL is not set: {_help(cls)['database_url']}")
             text = _text_of("database_url_file", given.database_url_file)
             url = read(cls, {**environment, "BEHEST_DATABASE_URL": text}).database_url
-        return msgspec.structs.replace(given, database_url=url, sidecar_database_url=given.sidecar_database_url or url)
+        return msgspec.structs.replace(given, database_url=url)
+
+    @property
+    def sidecar_url(self) -> str:
+        """The ledger as sidecars reach it; the login in it is not theirs."""
+        return self.sidecar_database_url or self.database_url
 
 
 class WebhookSettings(msgspec.Struct, frozen=True, kw_only=True):

@@ -43,7 +43,7 @@ class Template(msgspec.Struct, frozen=True, kw_only=True):
     log_level: str = "info"
     cpu_request: str | None = "50m"
     cpu_limit: str | None = None
-    memory_request: str | None = "128Mi"
+    memory_request: str | None = "192Mi"
     memory_limit: str | None = "512Mi"
     journal_size: str = "256Mi"
     drain_seconds: int = 25

@@ -96,10 +96,10 @@ class BudgetBoard:
     def see(self, body: Mapping[str, Any]) -> None:
         """A Budget as the API server shows it now."""
         metadata = body["metadata"]
-        members = ("name", "namespace", "uid", "generation", "creationTimestamp")
+        members = ("name", "namespace", "uid", "generation", "creationTimestamp", "resourceVersion")
         self._seen[f"{metadata['namespace']}/{metadata['name']}"] = {
             "metadata": {name: metadata.get(name) for name in members},
-            "status": {key: _plain(value) for key, value in body.get("status", {}).items()},
+            "status": {key: plain(value) for key, value in body.get("status", {}).items()},
         }
 
     def forget(self, namespace: str, name: str) -> None:
@@ -146,7 +146,8 @@ class BudgetBoard:
         except KubernetesError as error:
             if not error.status:
                 raise
-            if error.status != 404:
+            # 404: it is gone. 409: somebody else wrote a condition; the next round sees it.
+            if error.status not in (404, 409):
                 logger.warning("the status of budget %s could not be written: %s", status.record.budget_id, error)
 
     async def _write(self, status: BudgetStatus, seen: dict[str, Any], alerts: Sequence[Alert]) -> None:
@@ -169,7 +170,11 @@ class BudgetBoard:
             await self._event(metadata, "BudgetExhausted", finding.message, key=key)
         if change:
             path = f"/apis/{GROUP}/{VERSION}/namespaces/{metadata['namespace']}/budgets/{metadata['name']}/status"
-            self.see(await self._kubernetes.merge(path, {"status": change}))
+            document: dict[str, Any] = {"status": change}
+            if "conditions" in change:
+                # The list is written as a whole: not over what the handlers have written since it was seen.
+                document["metadata"] = {"resourceVersion": metadata["resourceVersion"]}
+            self.see(await self._kubernetes.merge(path, document))
 
     async def _tell(self, alert: Alert, metadata: Mapping[str, Any]) -> None:
         subject = " of " + ", ".join(alert.subject) if alert.subject else ""
@@ -230,10 +235,10 @@ def _time(text: str | None) -> datetime:
 _LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """What kopf gives as views, as dictionaries and lists."""
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value

@@ -1,6 +1,5 @@
 """An operator process against the control plane, under a service account of its own, with a ledger."""
 
-import json
 import os
 import subprocess
 import sys
@@ -27,8 +26,8 @@ class OperatorProcess:
     environment: dict[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
-        """Start it and wait until it lives."""
+    def spawn(self) -> int:
+        """Start it: the port of its probes."""
         port = free_port(0)
         output = self.log.open("ab")
         self.process = subprocess.Popen(
@@ -45,6 +44,11 @@ class OperatorProcess:
             stdin=subprocess.DEVNULL,
         )
         output.close()
+        return port
+
+    def start(self) -> None:
+        """Start it and wait until it lives."""
+        port = self.spawn()
 
         def lives() -> bool:
             assert self.process is not None
@@ -76,7 +80,7 @@ def eventually(is_so: Callable[[], Any], *, timeout_s: float = 30.0, what: str =
 
 def condition(plane: ControlPlane, kind: str, name: str, namespace: str, type_: str) -> dict[str, Any] | None:
     """One condition of a resource, for its newest generation; None where there is none yet."""
-    found = json.loads(plane.kubectl("get", kind, name, "--namespace", namespace, "--output", "json"))
+    found = plane.get(kind, name, namespace)
     for item in found.get("status", {}).get("conditions", []):
         if item["type"] == type_ and item.get("observedGeneration") == found["metadata"]["generation"]:
             result: dict[str, Any] = item

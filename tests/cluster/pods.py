@@ -60,6 +60,8 @@ class Pod:
         self.containers: dict[str, Container] = {}
         self.environment: dict[str, str] = {}
         """What stands in for the service account's files, which have one path in every pod."""
+        self.services: dict[str, str] = {}
+        """Where Services are on this machine: `name.namespace.svc:port` to `host:port`, as DNS and routes would say."""
 
     def start(self) -> None:
         """Start as a kubelet would: init containers in their order, native sidecars stay, then the containers.
@@ -96,6 +98,11 @@ class Pod:
     def port(self, port: int) -> int:
         """The same as a number."""
         return self._ports[port]
+
+    def variables(self, container: str) -> dict[str, str]:
+        """The environment of a container, as the pod says it."""
+        (spec,) = (item for item in self.object["spec"]["containers"] if item["name"] == container)
+        return self._environment(spec)
 
     def _free_ports(self) -> dict[int, int]:
         text = str(self.object["spec"])
@@ -153,6 +160,12 @@ class Pod:
             text = text.replace(path, str(mounts[path]))
         for port, mine in self._ports.items():
             text = re.sub(rf"(127\.0\.0\.1|0\.0\.0\.0):{port}\b", f"127.0.0.1:{mine}", text)
+        return self._resolved(text)
+
+    def _resolved(self, text: str) -> str:
+        """A text with the addresses of Services as they are on this machine."""
+        for service, address in self.services.items():
+            text = text.replace(service, address)
         return text
 
     def _environment(self, spec: dict[str, Any]) -> dict[str, str]:
@@ -217,18 +230,20 @@ class Pod:
                 # Written by a controller manager in a real cluster: the authority of the API server.
                 (folder / "ca.crt").write_bytes(self._plane.certificate_authority.read_bytes())
 
-    @staticmethod
-    def _write(folder: Path, data: dict[str, str], items: list[dict[str, str]] | None) -> None:
+    def _write(self, folder: Path, data: dict[str, str], items: list[dict[str, str]] | None) -> None:
         wanted = {item["key"]: item["path"] for item in items} if items else {key: key for key in data}
         for key, path in wanted.items():
-            (folder / path).write_text(data[key])
+            (folder / path).write_text(self._resolved(data[key]))
 
 
-def pod_of(plane: ControlPlane, deployment: str, namespace: str) -> str:
-    """Create a pod from a Deployment's template, as its controllers would, and return its name."""
-    found = plane.get("deployment", deployment, namespace)
+def pod_of(plane: ControlPlane, owner: str, namespace: str, kind: str = "deployment") -> str:
+    """Create a pod from the template of a Deployment or StatefulSet, as its controllers would, and return its name."""
+    found = plane.get(kind, owner, namespace)
     template = found["spec"]["template"]
-    name = f"{deployment}-{int(time.time() * 1000) % 1_000_000}"
+    name = f"{owner}-{int(time.time() * 1000) % 1_000_000}"
+    for claim in found["spec"].get("volumeClaimTemplates", []):
+        volume = claim["metadata"]["name"]
+        template["spec"]["volumes"].append({"name": volume, "persistentVolumeClaim": {"claimName": f"{volume}-{name}"}})
     template["metadata"] = {
         "name": name,
         "namespace": namespace,

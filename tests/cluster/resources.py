@@ -10,3 +10,17 @@ def install_crds(plane: ControlPlane) -> None:
         plane.apply(written(kind))
     for kind in KINDS:
         plane.kubectl("wait", "--for=condition=Established", f"crd/{kind.lower()}s.behest.ai", "--timeout=30s")
+
+
+def forget_resources(plane: ControlPlane) -> None:
+    """Take every resource of ours away, whoever still wanted to look after it: later operators do not meet them."""
+    for kind in KINDS:
+        for item in plane.items(kind.lower()):
+            metadata = item["metadata"]
+            path = f"{plane.path(kind.lower(), metadata['namespace'])}/{metadata['name']}"
+            plane.client.patch(
+                path,
+                content='{"metadata": {"finalizers": null}}',
+                headers={"Content-Type": "application/merge-patch+json"},
+            )
+            plane.client.delete(path)

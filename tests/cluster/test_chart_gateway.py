@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import httpx
 import openai
 import pytest
@@ -21,6 +22,7 @@ from cluster.chart import CHART
 from cluster.control_plane import CommandFailed, ControlPlane
 from cluster.operator_process import condition, eventually
 from cluster.pods import BEHEST, Pod, pod_of
+from cluster.sql import rows
 from conftest import Server, execute
 
 IMAGES = {"ghcr.io/behest/behest:0.1.0": BEHEST}
@@ -227,6 +229,22 @@ def test_what_the_gateway_signs_outlives_its_pod(
         assert spend(client, answers=1) == (WORDS, None)
     finally:
         again.stop()
+
+
+def test_the_gateways_login_serves_every_tenant_and_owns_nothing(control_plane: ControlPlane, release: Release) -> None:
+    found = control_plane.get("secret", "g-gateway-login", release.namespace)
+    login = base64.b64decode(found["data"]["database-url"]).decode()
+    assert release.gateway.object["spec"]["volumes"][0]["secret"]["secretName"] == "g-gateway-login"
+    assert rows(login, "SELECT ledger.session_tenants_v1() AS tenants") == [{"tenants": None}]
+    for statement in (
+        "UPDATE ledger.budget SET limit_amount = 0",
+        "INSERT INTO ledger.posting DEFAULT VALUES",
+        "SELECT ledger.correct_one_v1(NULL, NULL, NULL, NULL, NULL, NULL)",
+        "CREATE ROLE more",
+        "DROP SCHEMA ledger",
+    ):
+        with pytest.raises(asyncpg.InsufficientPrivilegeError):
+            rows(login, statement)
 
 
 def test_helm_test_looks_at_the_books(control_plane: ControlPlane, release: Release, tmp_path: Path) -> None:

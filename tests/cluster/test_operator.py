@@ -3,9 +3,12 @@
 import asyncio
 import base64
 import copy
+import os
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
 import pytest
@@ -16,7 +19,7 @@ from behest_ledger.store.errors import LedgerForbiddenError
 from behest_ledger.store.pool import connect
 from cluster.control_plane import CommandFailed, ControlPlane
 from cluster.operator_process import OperatorProcess, condition, eventually
-from cluster.resources import install_crds
+from cluster.resources import forget_resources, install_crds
 from cluster.sql import rows
 from cluster.test_verdicts import LEFT_TO_THE_OPERATOR
 from conftest import Server, execute
@@ -84,6 +87,7 @@ def operator(
     process.start()
     yield process
     process.stop()
+    forget_resources(control_plane)
     assert "Traceback" not in process.log.read_text(), process.log.read_text()
 
 
@@ -388,3 +392,38 @@ def test_while_the_ledger_is_away_the_status_says_so_and_then_everything_is_as_i
     eventually(programmed, what="the reading of the budget")
     assert operator.process is not None
     assert operator.process.poll() is None
+
+
+def test_a_rotated_login_of_the_ledger_is_taken_without_a_restart(
+    control_plane: ControlPlane, operator: OperatorProcess, postgres: Server, tmp_path: Path
+) -> None:
+    file, names = tmp_path / "database-url", [f"owner{number}_{os.getpid()}" for number in (1, 2)]
+    parts = urlsplit(operator.dsn)
+
+    def of(name: str) -> str:
+        return urlunsplit(parts._replace(netloc=f"{name}:pass-of-{name}@{parts.hostname}:{parts.port}"))
+
+    for name in names:
+        asyncio.run(execute(postgres.dsn, f"CREATE ROLE {name} SUPERUSER LOGIN PASSWORD 'pass-of-{name}'"))
+    operator.stop()
+    operator.environment |= {"BEHEST_DATABASE_URL": "", "BEHEST_DATABASE_URL_FILE": str(file)}
+    file.write_text(of(names[0]))
+    operator.start()
+    namespace = control_plane.namespace()
+    try:
+        control_plane.apply(budget(namespace), project(namespace))
+        programmed = partial(condition, control_plane, "budget", "sessions", namespace, "Programmed")
+        eventually(programmed, what="the reading of the budget")
+        file.write_text(of(names[1]))
+        eventually(lambda: "connecting to the ledger by the login" in operator.log.read_text(), what="the new login")
+        gone = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{names[0]}'"
+        asyncio.run(execute(postgres.dsn, f"ALTER ROLE {names[0]} NOLOGIN", gone))
+        control_plane.apply(budget(namespace, limit={"amount": "2", "currency": "USD"}))
+        two = "SELECT 1 FROM ledger.budget WHERE namespace = $1 AND limit_amount = 2e12"
+        eventually(lambda: rows(operator.dsn, two, namespace), what="the change")
+        keeping = "SELECT usename::text AS name FROM pg_stat_activity WHERE application_name = 'behest keeper'"
+        eventually(lambda: {"name": names[1]} in rows(operator.dsn, keeping), what="the keeper's new session")
+    finally:
+        operator.stop()
+        for name in names:
+            asyncio.run(execute(postgres.dsn, f"DROP ROLE {name}"))

@@ -13,12 +13,14 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import yaml
 
 from behest_proxy.cli.preflight import free_port
 from behest_proxy.identity.keys import SigningKey
 from images.containers import Container, Containers, Image
 from stack import Stack, wait_until
 
+ROOT = Path(__file__).resolve().parents[2]
 COMPRESSED_BYTES_MAX = 110 * 1024 * 1024
 QUESTION: list[Any] = [{"role": "user", "content": "Tell me a story."}]
 
@@ -59,6 +61,11 @@ def sidecar(
         wait_until(is_ready, what="the sidecar's start in a container")
         start_s = time.monotonic() - started_s
         yield container, replace(stack, base_url=f"http://127.0.0.1:{port}"), start_s
+
+
+def resident_mib(container: Container) -> float:
+    """The memory of the sidecar, as the kernel counts it."""
+    return int(container.status("VmRSS").split()[0]) / 1024
 
 
 @pytest.fixture
@@ -140,7 +147,15 @@ def test_a_metered_stream_goes_through_a_confined_container(containers: Containe
         assert chunks[-1].usage.completion_tokens == 200
         (row,) = project.settled()
         assert (row["outcome"], row["source"], row["output_tokens"]) == ("completed", "provider", 200)
-        print(f"\nready after {start_s:.2f} s, {int(container.status('VmRSS').split()[0]) / 1024:.0f} MiB resident")
+        memory = resident_mib(container)
+        # Another vocabulary, which is loaded with the first of its models.
+        with openai.OpenAI(base_url=inside.base_url + "/v1", api_key=project.mint(), max_retries=0) as client:
+            client.chat.completions.create(model="gpt-4", messages=QUESTION, extra_body={"sim": {"output_tokens": 5}})
+        both = resident_mib(container)
+        print(f"\nready after {start_s:.2f} s, {memory:.0f} MiB resident, {both:.0f} MiB with two vocabularies")
+        values = yaml.safe_load((ROOT / "deploy" / "helm" / "behest" / "values.yaml").read_text())
+        requested = values["sidecar"]["resources"]["requests"]["memory"]
+        assert both < int(requested.removesuffix("Mi")), "a node reserves what a sidecar really uses"
         container.tell_to_end()
         assert container.runner.wait(20) == 0, container.log.read_text()
     assert "Traceback" not in container.log.read_text()

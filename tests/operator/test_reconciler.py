@@ -12,7 +12,7 @@ import pytest
 from behest_ledger.store import identity
 from behest_ledger.store.pool import connect
 from behest_ledger.store.roles import RoleError
-from behest_operator import namespace_secrets
+from behest_operator import logins, namespace_secrets
 from behest_operator.namespace_secrets import NamespaceSecrets
 from behest_operator.reconciler import Applied, Reconciler
 from fake_kubernetes import FakeKubernetes, FaultyConnection, Killed, Steps
@@ -397,7 +397,7 @@ def test_where_no_login_can_be_made_the_project_says_why_and_is_in_the_ledger(
     async def refuse(*_: object, **__: object) -> None:
         raise RoleError("role ledger may not make roles: give it CREATEROLE")
 
-    monkeypatch.setattr(namespace_secrets, "create_role", refuse)
+    monkeypatch.setattr(logins, "create_role", refuse)
 
     async def work(world: World) -> None:
         applied = await world.apply(resource("Project", "shop", {"defaultModel": "m"}, "poor"))

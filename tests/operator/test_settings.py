@@ -19,7 +19,7 @@ BOTH: list[type[msgspec.Struct]] = [OperatorSettings, WebhookSettings]
 
 def test_without_more_than_it_needs_everything_has_a_default() -> None:
     found = OperatorSettings.read(REQUIRED)
-    assert (found.database_url, found.sidecar_database_url) == (URL, URL)
+    assert (found.database_url, found.sidecar_url) == (URL, URL)
     assert (found.webhook, found.namespaces, found.log_level, found.policy) == (None, (), "info", "checkpoint")
 
 
@@ -52,6 +52,7 @@ def test_each_is_read_from_its_variable(variable: str, text: str, value: Any) ->
         ("LIVENESS_BIND", "8081", "is not host:port"),
         ("DATABASE_URL_FILE", "/nowhere", "cannot be read"),
         ("WEBHOOK_CONFIGURATION", "behest", "BEHEST_WEBHOOK_NAMESPACE is not set"),
+        ("GATEWAY_SECRET", "behest-gateway-login", "belong together"),
     ],
 )
 def test_each_mistake_names_its_variable(variable: str, text: str, says: str) -> None:

@@ -164,6 +164,23 @@ def test_a_status_is_written_when_it_changed_and_only_then(database: str) -> Non
     keep_books(database, work)
 
 
+def test_conditions_that_others_wrote_since_it_was_seen_are_not_lost(database: str) -> None:
+    async def work(books: Books) -> None:
+        wall = Wall(books)
+        await books.budget("money", 1000, thresholds=[50])
+        wall.show("money")
+        programmed = merged([], [Finding(type="Programmed", status="True", reason="Programmed")], generation=3, now="t")
+        path = f"{BUDGETS}/money/status"
+        await wall.kubernetes.merge(path, {"status": {"conditions": programmed}})
+        await wall.board.round()
+        assert wall.status("money")["conditions"] == programmed
+        wall.board.see(wall.kubernetes.objects[f"{BUDGETS}/money"])
+        await wall.board.round()
+        assert [item["type"] for item in wall.status("money")["conditions"]] == ["Exhausted", "Programmed"]
+
+    keep_books(database, work)
+
+
 def test_thresholds_and_exhaustion_are_told_once_whenever_the_operator_was_killed(database: str) -> None:
     async def work(books: Books) -> None:
         for number in range(1, 40):

@@ -176,6 +176,7 @@ def tenants_of_namespaces(
     namespace's own name.
     """
     manifests = list(desired)
+    stored = current.tenants()
     tenants = {
         manifest.namespace: manifest.spec.tenant
         for manifest in sorted(manifests, key=_place, reverse=True)
@@ -183,8 +184,7 @@ def tenants_of_namespaces(
     }
     for manifest in manifests:
         if manifest.namespace not in tenants:
-            stored = current.tenant_of_namespace(manifest.namespace)
-            tenants[manifest.namespace] = stored or default_tenant or manifest.namespace
+            tenants[manifest.namespace] = stored.get(manifest.namespace) or default_tenant or manifest.namespace
     return tenants
 
 
@@ -200,6 +200,7 @@ class _Planner:
 
     def __init__(self, current: ConfigurationState, tenant_of_namespace: TenantOfNamespace) -> None:
         self._current = current
+        self._stored_tenants = current.tenants()
         self._tenants = tenant_of_namespace
         self._seen: dict[tuple[str, str], Manifest] = {}
         self.changes: list[Change] = []
@@ -214,7 +215,7 @@ class _Planner:
             self._refuse(manifest, "", f"is there twice, first in {where}" if where else "is there twice")
             return
         tenant_id = self._tenant_of(manifest.namespace)
-        stored_tenant = self._current.tenant_of_namespace(manifest.namespace)
+        stored_tenant = self._stored_tenants.get(manifest.namespace)
         if stored_tenant is not None and stored_tenant != tenant_id:
             path = "spec.tenant" if isinstance(manifest, Project) else "metadata.namespace"
             whose = f"namespace {manifest.namespace} belongs to {stored_tenant}"

@@ -38,13 +38,11 @@ class ConfigurationState(msgspec.Struct, frozen=True, kw_only=True):
     budgets: Mapping[str, StoredBudget] = {}
     """Tiers' budgets among them."""
 
-    def tenant_of_namespace(self, namespace: str) -> str | None:
-        """The tenant of what is stored in the namespace, None where there is nothing."""
-        for stored in (self.projects, self.upstreams, self.tiers):
-            for resource in stored.values():
-                if resource.namespace == namespace:
-                    return resource.tenant_id
-        for budget in self.budgets.values():
-            if budget.record.namespace == namespace and not budget.deleted:
-                return budget.record.tenant_id
-        return None
+    def tenants(self) -> dict[str, str]:
+        """The tenant of each namespace in which something is stored."""
+        found = {
+            budget.record.namespace: budget.record.tenant_id for budget in self.budgets.values() if not budget.deleted
+        }
+        for stored in (self.tiers, self.upstreams, self.projects):
+            found |= {resource.namespace: resource.tenant_id for resource in stored.values()}
+        return found

@@ -4,7 +4,7 @@ Rows hold specs in wire form (`jsonb`), budgets in normalised form. Every change
 the same transaction; sidecars poll that number. Every function may also raise the errors of `store.errors`.
 """
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, assert_never
 
@@ -55,7 +55,7 @@ WHERE $1::text IS NULL OR tenant_id = $1 ORDER BY tenant_id, namespace, name
 # Live budgets come last, so that of two rows with one id the live one is kept.
 _READ_BUDGETS = """
 SELECT to_jsonb(b)::text AS budget FROM ledger.budget b
-WHERE ($1::text IS NULL OR b.tenant_id = $1) AND ($2::text IS NULL OR b.namespace = $2)
+WHERE ($1::text IS NULL OR b.tenant_id = $1) AND ($2::text[] IS NULL OR b.namespace = ANY ($2))
 ORDER BY b.deleted_at IS NULL, b.tenant_id, b.budget_id
 """
 _PUT_PROJECT = """
@@ -149,7 +149,7 @@ async def remove(dsn_or_connection: str | Connection, kind: KindName, namespace:
         with mapped():
             async with connection.transaction():
                 await connection.execute("SELECT pg_advisory_xact_lock($1)", _LOCK_KEY)
-                planned = removal(await read_state(connection, None), kind, namespace, name)
+                planned = removal(await read_state(connection, None, [namespace]), kind, namespace, name)
                 await apply_plan(connection, planned)
     return planned.outcomes[0]
 
@@ -165,7 +165,8 @@ async def _plan_and_apply(
     with mapped():
         async with connection.transaction():
             await connection.execute("SELECT pg_advisory_xact_lock($1)", _LOCK_KEY)
-            current = await read_state(connection, None)
+            # Budgets are most of what is stored, and a plan looks at those of its own namespaces only.
+            current = await read_state(connection, None, {manifest.namespace for manifest in manifests})
             if tenants is None:
                 tenants = tenants_of_namespaces(current, manifests, default_tenant=default_tenant)
             planned = plan(current, manifests, tenant_of_namespace=tenants)
@@ -176,13 +177,15 @@ async def _plan_and_apply(
     return planned
 
 
-async def read_state(connection: Connection, tenant_id: str | None) -> ConfigurationState:
-    """Everything that is stored for a tenant, or for all."""
+async def read_state(
+    connection: Connection, tenant_id: str | None, namespaces: Collection[str] | None = None
+) -> ConfigurationState:
+    """Everything that is stored for a tenant, or for all; of budgets only those of some namespaces, where given."""
     with mapped():
         projects = await connection.fetch(_READ_PROJECTS, tenant_id)
         upstreams = await connection.fetch(_READ_UPSTREAMS, tenant_id)
         tiers = await connection.fetch(_READ_TIERS, tenant_id)
-        budgets = await connection.fetch(_READ_BUDGETS, tenant_id, None)
+        budgets = await connection.fetch(_READ_BUDGETS, tenant_id, None if namespaces is None else list(namespaces))
     return ConfigurationState(
         projects=_by_name(projects),
         upstreams=_by_name(upstreams),
@@ -236,7 +239,7 @@ async def read_budgets(
     """The live budgets of a tenant and a namespace, or of all, with their current windows; ordered by id."""
     with mapped():
         async with _snapshot(connection) as reader:
-            rows = await reader.fetch(_READ_BUDGETS, tenant_id, namespace)
+            rows = await reader.fetch(_READ_BUDGETS, tenant_id, None if namespace is None else [namespace])
             budgets = [budget.record for budget in map(_budget, rows) if not budget.deleted]
             return await budget_statuses(reader, budgets)
 
