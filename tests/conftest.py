@@ -115,6 +115,16 @@ def own_server(binaries: Binaries | None) -> Generator[Server]:
             yield Server(server.dsn)
 
 
+def set_password(server: Server, user: str, database: str, password: str) -> str:
+    """Make of a server of one's own what PostgreSQL's official image makes of these: the DSN."""
+    found = urlsplit(server.dsn)
+    assert (found.username, found.path) == (user, "/" + database), (
+        "embedded servers and the deployments name them alike"
+    )
+    asyncio.run(execute(server.dsn, f"ALTER ROLE {user} PASSWORD '{password}'"))
+    return urlunsplit(found._replace(netloc=f"{user}:{password}@{found.hostname}:{found.port}"))
+
+
 @pytest.fixture(scope="session")
 def template(postgres: Server) -> Server:
     """The server with a migrated database to copy: copying takes a twentieth of the time of migrating."""

@@ -1,19 +1,18 @@
 """The chart, installed on the control plane, with its operator and its webhook run as a kubelet would run them."""
 
-import asyncio
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from cluster.control_plane import CommandFailed, ControlPlane
 from cluster.operator_process import eventually
 from cluster.pods import BEHEST, Pod, pod_of
 from cluster.resources import forget_resources
 from cluster.webhook import labelled_pod
-from conftest import execute, own_server
+from conftest import own_server, set_password
 from stack import process, wait_until
 
 CHART = Path(__file__).resolve().parents[2] / "deploy" / "helm" / "behest"
@@ -124,12 +123,9 @@ def trial_database(plane: ControlPlane, name: str, namespace: str, folder: Path)
     """What the image of the trial database makes of its pod's environment: a server of its own, and its DSN."""
     pod = Pod(plane, pod_of(plane, f"{name}-postgres", namespace, "statefulset"), namespace, folder, {})
     variables = pod.variables("postgres")
+    user, password, database = (variables[f"POSTGRES_{part}"] for part in ("USER", "PASSWORD", "DB"))
     with own_server(None) as server:
-        found = urlsplit(server.dsn)
-        assert (found.username, found.path) == (variables["POSTGRES_USER"], "/" + variables["POSTGRES_DB"])
-        password = variables["POSTGRES_PASSWORD"]
-        asyncio.run(execute(server.dsn, f"ALTER ROLE {found.username} PASSWORD '{password}'"))
-        yield urlunsplit(found._replace(netloc=f"{found.username}:{password}@{found.hostname}:{found.port}"))
+        yield set_password(server, user, database, password)
 
 
 @contextmanager
