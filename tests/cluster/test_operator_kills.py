@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -152,13 +153,13 @@ def test_killed_at_any_call_and_started_again_it_comes_to_the_same_end(world: Wo
         world.live(until_call=call)
     world.live(until_call=None)
     for namespace in world.namespaces:
-        eventually(lambda namespace=namespace: is_whole(world, namespace), timeout_s=90, what=f"the end of {namespace}")
+        eventually(partial(is_whole, world, namespace), timeout_s=90, what=f"the end of {namespace}")
     for number, namespace in enumerate(world.namespaces):
         world.plane.kubectl("delete", "behest", "--all", "--namespace", namespace, "--wait=false")
         world.live(until_call=(ALL_CALLS if everything else SOME_CALLS)[number])
     world.live(until_call=None)
     for namespace in world.namespaces:
-        eventually(lambda namespace=namespace: is_gone(world, namespace), timeout_s=90, what=f"the end of {namespace}")
+        eventually(partial(is_gone, world, namespace), timeout_s=90, what=f"the end of {namespace}")
 
 
 def test_while_the_api_server_is_away_nothing_is_lost_and_then_it_goes_on(world: World) -> None:
