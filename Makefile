@@ -69,8 +69,9 @@ install-dev: $(VENV)/.installed-dev ## make .venv with everything that the tests
 test: $(VENV)/.installed-dev ## run every test that needs no cluster and no browser
 	@$(BIN)/python -Im pytest -n 3 --dist loadfile $(ARGS)
 
-test-sdk: $(VENV)/.installed-dev ## run the tests of the clients
+test-sdk: $(VENV)/.installed-dev ## run the tests of the clients (those for TypeScript need node and npm)
 	@$(BIN)/python -Im pytest sdk/python/tests -n 2 --dist loadfile $(ARGS)
+	@$(BIN)/python -Im pytest tests/typescript $(ARGS)
 
 test-simulation: $(VENV)/.installed-dev ## play 2,000 small worlds and 20 of 300 sidecars in simulated time (a minute)
 	@$(BIN)/python -Im pytest tests/simulation -n 2 --dist loadfile $(ARGS)

@@ -1,0 +1,174 @@
+/** A conversation: send, stream, stop, reconnect, try again. */
+
+import { useCallback, useEffect, useRef, useState } from "react";
+
+import type { Behest } from "../client.js";
+import { BehestError } from "../errors.js";
+import { streamWithRetry } from "../resume.js";
+import type { ChatMessage } from "../types.js";
+import { Typewriter } from "../typewriter.js";
+
+export interface UiMessage {
+  id: string;
+  role: "user" | "assistant";
+  content: string;
+  /** Of an answer: `stopped` by the reader, `failed` by an error; what came stays in both. */
+  state: "streaming" | "done" | "stopped" | "failed";
+}
+
+/** `connecting` until the first chunk; `reconnecting` after a break. */
+export type ChatStatus = "idle" | "connecting" | "streaming" | "reconnecting";
+
+export interface UseBehestChatOptions {
+  client: Behest;
+  /** Keeps the conversation on the gateway. Another one begins another conversation. */
+  threadId: string;
+  /** What was said before. */
+  initialMessages?: readonly UiMessage[];
+  /** Sent before everything, and not shown. */
+  system?: string;
+  model?: string;
+  /** Further members of the request. */
+  params?: Readonly<Record<string, unknown>>;
+  /** Show text evenly (default true). */
+  smooth?: boolean;
+  /** Tries in a row, without a chunk, until a break is an error (default 4). */
+  attempts?: number;
+  /** Told when an answer has ended, in whatever way. */
+  onEnd?: (message: UiMessage) => void;
+}
+
+export interface BehestChat {
+  messages: readonly UiMessage[];
+  status: ChatStatus;
+  /** Why the last answer failed, until the next one begins or it is dismissed. */
+  error: BehestError | Error | undefined;
+  /** Of a reconnect: which try it is. */
+  attempt: number;
+  send: (content: string) => void;
+  stop: () => void;
+  /** Ask again what failed or was stopped: on the gateway the broken answer goes on. */
+  retry: () => void;
+  dismissError: () => void;
+}
+
+interface State {
+  threadId: string;
+  messages: readonly UiMessage[];
+  status: ChatStatus;
+  error: BehestError | Error | undefined;
+  attempt: number;
+}
+
+/** A conversation with the gateway. Leaving the page, or another `threadId`, cancels what runs. */
+export function useBehestChat(options: UseBehestChatOptions): BehestChat {
+  const { threadId } = options;
+  const begin = (): State => ({ threadId, messages: options.initialMessages ?? [], status: "idle", error: undefined, attempt: 0 });
+  const [state, setState] = useState<State>(begin);
+  const latest = useRef(options);
+  latest.current = options;
+  const current = useRef(state);
+  const running = useRef<AbortController | undefined>(undefined);
+
+  // Callbacks come between renders: the truth is here, and React is told of it.
+  const update = useCallback((change: (before: State) => State): void => {
+    current.current = change(current.current);
+    setState(current.current);
+  }, []);
+
+  if (current.current.threadId !== threadId) {
+    running.current?.abort();
+    running.current = undefined;
+    current.current = begin();
+    setState(current.current);
+  }
+  useEffect(
+    () => () => {
+      running.current?.abort();
+      running.current = undefined;
+    },
+    [],
+  );
+
+  const answer = useCallback(
+    async (history: readonly UiMessage[]): Promise<void> => {
+      running.current?.abort();
+      const abort = new AbortController();
+      running.current = abort;
+      const isCurrent = (): boolean => running.current === abort;
+      const reply: UiMessage = { id: newId(), role: "assistant", content: "", state: "streaming" };
+      const patch = (change: Partial<State>, message: Partial<UiMessage> = {}): void => {
+        if (!isCurrent()) return;
+        update((before) => ({ ...before, ...change, messages: replaced(before.messages, reply.id, message) }));
+      };
+      update((before) => ({ ...before, messages: [...history, reply], status: "connecting", error: undefined, attempt: 0 }));
+      let shown = "";
+      const show = (text: string): void => {
+        shown += text;
+        patch({}, { content: shown });
+      };
+      const typewriter = new Typewriter({ onText: show, ...(latest.current.smooth === false ? { instant: true } : {}) });
+      let end: Pick<UiMessage, "state"> = { state: "done" };
+      let error: Error | undefined;
+      try {
+        const { client, model, params, attempts = 4, system } = latest.current;
+        const request = { ...params, ...(model ? { model } : {}), messages: requestMessages(history, system) };
+        const stream = streamWithRetry(client, request, {
+          threadId: latest.current.threadId,
+          signal: abort.signal,
+          attempts,
+          onReconnect: ({ attempt }) => patch({ status: "reconnecting", attempt }),
+        });
+        for await (const chunk of stream) {
+          if (current.current.status !== "streaming" && isCurrent()) patch({ status: "streaming", attempt: 0 });
+          typewriter.push(chunk.choices[0]?.delta.content ?? "");
+        }
+        await typewriter.finish();
+      } catch (reason) {
+        const stopped = reason instanceof Error && reason.name === "AbortError";
+        end = { state: stopped ? "stopped" : "failed" };
+        if (!stopped) error = reason instanceof Error ? reason : new Error(String(reason));
+      }
+      typewriter.flush();
+      if (!isCurrent()) return;
+      patch({ status: "idle", error, attempt: 0 }, end);
+      running.current = undefined;
+      latest.current.onEnd?.({ ...reply, content: shown, ...end });
+    },
+    [update],
+  );
+
+  const send = useCallback(
+    (content: string): void => {
+      if (content.trim() === "" || current.current.status !== "idle") return;
+      const question: UiMessage = { id: newId(), role: "user", content, state: "done" };
+      void answer([...current.current.messages, question]);
+    },
+    [answer],
+  );
+  const stop = useCallback((): void => running.current?.abort(), []);
+  const retry = useCallback((): void => {
+    const { messages, status } = current.current;
+    const last = messages.findLastIndex((message) => message.role === "user");
+    if (last >= 0 && status === "idle") void answer(messages.slice(0, last + 1));
+  }, [answer]);
+  const dismissError = useCallback((): void => update((before) => ({ ...before, error: undefined })), [update]);
+
+  const { messages, status, error, attempt } = state.threadId === threadId ? state : current.current;
+  return { messages, status, error, attempt, send, stop, retry, dismissError };
+}
+
+/** What the gateway is sent: all that was said, without answers that never came. */
+function requestMessages(history: readonly UiMessage[], system: string | undefined): ChatMessage[] {
+  const said = history.filter((message) => message.content !== "").map(({ role, content }) => ({ role, content }));
+  return system ? [{ role: "system", content: system }, ...said] : said;
+}
+
+function replaced(messages: readonly UiMessage[], id: string, change: Partial<UiMessage>): readonly UiMessage[] {
+  return messages.map((message) => (message.id === id ? { ...message, ...change } : message));
+}
+
+function newId(): string {
+  // `randomUUID` is there on https and localhost only.
+  return typeof crypto.randomUUID === "function" ? crypto.randomUUID() : `${Date.now()}-${Math.random()}`;
+}

@@ -1,0 +1,117 @@
+/** This client against a running gateway. */
+
+import { createServer, request as httpRequest, type IncomingMessage, type Server, type ServerResponse } from "node:http";
+import type { AddressInfo } from "node:net";
+import { afterAll, describe, expect, it } from "vitest";
+
+import { BehestAuthError, BehestBadRequestError, BehestConnectionError, BehestQuotaError, BehestServerError, streamWithRetry } from "@behest/client-ts";
+import { BASE_URL, behest, messages, newUser, POOR_KEY, textOf } from "./system.js";
+
+const servers: Server[] = [];
+afterAll(() => servers.forEach((server) => server.close()));
+
+/** A network that breaks: each answer is cut after so many bytes, while there are numbers. */
+async function cutting(cuts: number[]): Promise<string> {
+  const server = createServer((incoming: IncomingMessage, outgoing: ServerResponse) => {
+    const onward = httpRequest(BASE_URL + (incoming.url ?? ""), { method: incoming.method, headers: { ...incoming.headers, host: new URL(BASE_URL).host } }, (answer) => {
+      let left = incoming.url === "/v1/chat/completions" ? cuts.shift() : undefined;
+      outgoing.writeHead(answer.statusCode ?? 502, answer.headers);
+      answer.on("data", (bytes: Buffer) => {
+        outgoing.write(left === undefined ? bytes : bytes.subarray(0, left));
+        if (left !== undefined && (left -= bytes.length) <= 0) {
+          onward.destroy();
+          setTimeout(() => outgoing.destroy(), 5);
+        }
+      });
+      answer.on("end", () => outgoing.end());
+      answer.on("error", () => outgoing.destroy());
+    });
+    onward.on("error", () => outgoing.destroy());
+    outgoing.on("close", () => onward.destroy());
+    incoming.pipe(onward);
+  });
+  servers.push(server);
+  await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
+  return `http://127.0.0.1:${(server.address() as AddressInfo).port}`;
+}
+
+describe("chat", () => {
+  it("streams without a model, for a user of its own", async () => {
+    const stream = await behest().chat.completions.create({ messages, stream: true, user_id: newUser() });
+    expect(await textOf(stream)).toMatch(/^This is simulated text/);
+    expect(stream.traceId).toMatch(/^[0-9a-f]{32}$/);
+  });
+
+  it("gives a whole answer, and usage with its cost", async () => {
+    const client = behest();
+    const whole = await client.chat.completions.create({ messages, sim: { output_tokens: 12 } });
+    expect(whole.usage?.completion_tokens).toBe(12);
+    let cost = 0;
+    for await (const chunk of await client.chat.completions.create({ messages, stream: true, stream_options: { include_usage: true } })) {
+      cost = chunk.usage?.cost_usd ?? cost;
+    }
+    expect(cost).toBeGreaterThan(0);
+  });
+});
+
+describe("errors have their class", () => {
+  it("before the stream", async () => {
+    const client = behest({ maxRetries: 0 });
+    await expect(client.chat.completions.create({ messages, n: 0 })).rejects.toMatchObject({ name: "BehestBadRequestError", status: 400, code: "validation_error", param: "n" });
+    await expect(client.chat.completions.create({ messages, n: 0 })).rejects.toBeInstanceOf(BehestBadRequestError);
+    await expect(behest({ apiKey: "aaa.bbb.ccc", userId: undefined }).models.list()).rejects.toBeInstanceOf(BehestAuthError);
+    await expect(client.threads.get("none")).rejects.toMatchObject({ name: "BehestError", status: 404, code: "not_found" });
+    const nowhere = behest({ baseURL: "http://127.0.0.1:9", apiKey: "aaa.bbb.ccc", maxRetries: 0 });
+    await expect(nowhere.models.list()).rejects.toBeInstanceOf(BehestConnectionError);
+  });
+
+  it.each([
+    ["upstream_error", { output_tokens: 20, error_event_after_chunks: 2 }, 502, BehestServerError],
+    ["upstream_error", { output_tokens: 20, reset_after_chunks: 2 }, 502, BehestServerError],
+  ])("in the middle: %s", async (code, sim, status, type) => {
+    const stream = await behest().chat.completions.create({ messages, stream: true, sim });
+    const error: unknown = await textOf(stream).then(() => undefined, (reason: unknown) => reason);
+    expect(error).toBeInstanceOf(type);
+    expect(error).toMatchObject({ code, status, traceId: stream.traceId, requestId: stream.requestId });
+  });
+
+  it("at a budget's end, in the middle and then before", async () => {
+    const client = behest({ apiKey: POOR_KEY });
+    const ask = async (): Promise<string> => textOf(await client.chat.completions.create({ messages, stream: true, sim: { output_tokens: 4000 } }));
+    const first: unknown = await ask().catch((reason: unknown) => reason);
+    expect(first).toBeInstanceOf(BehestQuotaError);
+    expect(first).toMatchObject({ status: 402, details: { unit: "usd" } });
+    const second: unknown = await ask().catch((reason: unknown) => reason);
+    expect(second).toBeInstanceOf(BehestQuotaError);
+    const [budget] = await client.budgets.list();
+    expect(Number(budget?.remaining)).toBeLessThan(Number(budget?.limit));
+  });
+});
+
+describe("what is left and what was used", () => {
+  it("budgets, usage, models, threads", async () => {
+    const client = behest();
+    await client.chat.completions.create({ messages });
+    expect((await client.budgets.list()).map((budget) => budget.unit)).toContain("usd");
+    expect((await client.models.list()).map((model) => model.id)).toContain("gpt-4o-mini");
+    expect(await client.threads.list()).toEqual([]);
+    for (let tries = 0; tries < 200; tries++) {
+      const { totals } = await client.usage.get({ granularity: "hour", tz: "Europe/Berlin" });
+      if (totals.requests === 1) return;
+      await new Promise((resolve) => setTimeout(resolve, 20));
+    }
+    throw new Error("the request is not in the usage");
+  });
+});
+
+describe("streamWithRetry over a network that breaks", () => {
+  it("asks again until an answer comes whole", async () => {
+    const baseURL = await cutting([0, 0]);
+    const client = behest({ baseURL, apiKey: (await (behest().tokens.get({ userId: newUser() }))).token, userId: undefined });
+    const waits: number[] = [];
+    const sleep = async (ms: number): Promise<void> => void waits.push(ms);
+    const text = await textOf(streamWithRetry(client, { messages, sim: { output_tokens: 40 } }, { threadId: newUser(), sleep }));
+    expect(text).toMatch(/^This is simulated text/);
+    expect(waits.length).toBe(2);
+  });
+});

@@ -1,0 +1,3 @@
+useEffect(() => {
+  return () => abortRef.current?.abort(); // cancel in-flight request on nav
+}, []);
