@@ -1,12 +1,13 @@
 """Every check is proved: one row is changed behind the ledger's back, and that row is named."""
 
+import json
 from typing import Any
 from uuid import UUID
 
 import pytest
 
 from behest_ledger.store.pool import connect
-from behest_ledger.store.verify import CHECKS, Finding, verify
+from behest_ledger.store.verify import CHECKS, SET_PLANNER, Finding, verify
 from ledger.books import Books, granted, keep_books, settlement
 from ledger.sidecars import Sidecar, charge, reap
 
@@ -300,3 +301,31 @@ async def findings(connection: Any) -> list[Finding]:
         for check, query in CHECKS.items()
         for place, expected, found in await connection.fetch(query)
     ]
+
+
+def test_no_check_reads_a_table_once_for_each_row_of_another_whatever_the_planner_believes(dsn: str) -> None:
+    """Statistics of an empty ledger once made one check sum up all postings anew for each hold line: quadratic."""
+
+    async def work(books: Books) -> None:
+        await books.connection.execute("ANALYZE")
+        await traffic(books)
+        async with books.connection.acquire() as connection, connection.transaction():
+            await connection.execute(SET_PLANNER)
+            for check, query in CHECKS.items():
+                plan = json.loads(await connection.fetchval(f"EXPLAIN (FORMAT JSON) {query}"))[0]["Plan"]
+                assert not [found for found in repeated(plan) if reads_table(found)], check
+
+    keep_books(dsn, work)
+
+
+def repeated(plan: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is run for each row of something else: the inner side of nested loops, and correlated subplans."""
+    below = plan.get("Plans", [])
+    own = below[1:] if plan["Node Type"] == "Nested Loop" else []
+    own += [each for each in below if each["Parent Relationship"] == "SubPlan"]
+    return own + [found for each in below for found in repeated(each)]
+
+
+def reads_table(plan: dict[str, Any]) -> bool:
+    """Whether a plan reads rows without an index for them."""
+    return plan["Node Type"] == "Seq Scan" or any(reads_table(each) for each in plan.get("Plans", []))

@@ -90,9 +90,10 @@ CHECKS: dict[str, str] = {
         FROM ledger.lease l
         LEFT JOIN ledger.holder h USING (holder_id)
         LEFT JOIN ledger.budget_window w USING (tenant_id, window_id)
-        CROSS JOIN LATERAL (
-            SELECT max(x.seq) AS seq FROM ledger.posting x
-            WHERE x.tenant_id = l.tenant_id AND x.source_id = l.holder_id AND x.window_id = l.window_id) AS p
+        LEFT JOIN (
+            SELECT tenant_id, source_id, window_id, max(seq) AS seq FROM ledger.posting
+            WHERE credit = 'leased' OR debit = 'leased' GROUP BY 1, 2, 3) AS p
+          ON p.tenant_id = l.tenant_id AND p.source_id = l.holder_id AND p.window_id = l.window_id
         WHERE h.holder_id IS NULL OR w.window_id IS NULL OR w.unit = 'concurrency' OR p.seq <> l.seq""",
     "no hard window is above its ceiling": """
         SELECT format('window %s of %s', window_id, tenant_id), ceiling, spent + held + suspense
@@ -158,11 +159,14 @@ CHECKS: dict[str, str] = {
             WHEN w.unit = 'tokens' AND w.token_kind <> 'input' THEN 1 ELSE 0 END AS rate) AS r
         CROSS JOIN LATERAL (SELECT (o.answer ->> 'output_tokens')::numeric * r.rate AS admitted,
             (o.granted_output_tokens - (o.answer ->> 'output_tokens')::numeric) * r.rate AS extended) AS f
-        CROSS JOIN LATERAL (SELECT coalesce(sum(x.amount) FILTER (WHERE x.seq = 0), 0) AS admitted,
-            coalesce(sum(x.amount) FILTER (WHERE x.seq > 0), 0) AS extended, coalesce(max(x.seq), 0) AS last_seq
-            FROM ledger.posting x
-            WHERE x.tenant_id = o.tenant_id AND x.month = o.month AND x.source_id = o.request_id
-              AND x.window_id = l.window_id AND x.credit = 'held') AS p
+        LEFT JOIN (
+            SELECT tenant_id, month, source_id, window_id, coalesce(sum(amount) FILTER (WHERE seq = 0), 0) AS admitted,
+                   coalesce(sum(amount) FILTER (WHERE seq > 0), 0) AS extended, max(seq) AS last_seq
+            FROM ledger.posting WHERE credit = 'held' GROUP BY 1, 2, 3, 4) AS x
+          ON x.tenant_id = o.tenant_id AND x.month = o.month AND x.source_id = o.request_id
+         AND x.window_id = l.window_id
+        CROSS JOIN LATERAL (SELECT coalesce(x.admitted, 0) AS admitted, coalesce(x.extended, 0) AS extended,
+            coalesce(x.last_seq, 0) AS last_seq) AS p
         WHERE p.admitted < f.admitted OR p.extended <> f.extended OR p.last_seq > o.last_seq""",
     "an ended request holds nothing": """
         SELECT format('request %s, window %s', l.request_id, l.window_id), l.held, coalesce(p.released, 0)
@@ -181,18 +185,18 @@ CHECKS: dict[str, str] = {
         WHERE coalesce(u.amount, 0) <> r.amount_pico
         UNION ALL
         SELECT format('request %s before its corrections', r.request_id), coalesce(u.amount, 0), r.amount_pico
-        FROM ledger.request r CROSS JOIN LATERAL (
-            SELECT sum(x.amount_pico) AS amount FROM ledger.usage_line x
-            WHERE x.tenant_id = r.tenant_id AND x.month = r.month AND x.request_id = r.request_id AND x.entry = 0) AS u
-        WHERE EXISTS (SELECT FROM ledger.correction c WHERE c.tenant_id = r.tenant_id AND c.month = r.month
-                         AND c.request_id = r.request_id)
-          AND coalesce(u.amount, 0) <> r.amount_pico
+        FROM (SELECT DISTINCT tenant_id, month, request_id FROM ledger.correction) AS c
+        JOIN ledger.request r USING (tenant_id, month, request_id)
+        LEFT JOIN (
+            SELECT tenant_id, month, request_id, sum(amount_pico) AS amount FROM ledger.usage_line WHERE entry = 0
+            GROUP BY 1, 2, 3) AS u USING (tenant_id, month, request_id)
+        WHERE coalesce(u.amount, 0) <> r.amount_pico
         UNION ALL
         SELECT format('request %s, correction %s', c.request_id, c.number), coalesce(u.amount, 0), c.amount_pico
-        FROM ledger.correction c CROSS JOIN LATERAL (
-            SELECT sum(x.amount_pico) AS amount FROM ledger.usage_line x
-            WHERE x.tenant_id = c.tenant_id AND x.month = c.month AND x.request_id = c.request_id
-              AND x.entry = 2 * c.number) AS u
+        FROM ledger.correction c LEFT JOIN (
+            SELECT tenant_id, month, request_id, entry, sum(amount_pico) AS amount FROM ledger.usage_line
+            WHERE entry > 0 GROUP BY 1, 2, 3, 4) AS u
+          ON u.tenant_id = c.tenant_id AND u.month = c.month AND u.request_id = c.request_id AND u.entry = 2 * c.number
         WHERE coalesce(u.amount, 0) <> c.amount_pico""",
     "a request's tokens are the sum of its lines": """
         SELECT format('request %s', r.request_id),
@@ -298,27 +302,32 @@ CHECKS: dict[str, str] = {
             SELECT tenant_id, month, request_id FROM ledger.correction
             UNION SELECT tenant_id, month, request_id FROM ledger.usage_line WHERE entry > 0
             UNION SELECT tenant_id, month, source_id FROM ledger.posting WHERE seq > 1000001
-            UNION SELECT tenant_id, month, request_id FROM ledger.hold WHERE state = 'corrected')
-        SELECT format('request %s', o.request_id),
+            UNION SELECT tenant_id, month, request_id FROM ledger.hold WHERE state = 'corrected'),
+        c AS (
+            SELECT tenant_id, month, request_id, count(*) AS corrections, max(number) AS last
+            FROM ledger.correction GROUP BY 1, 2, 3),
+        pair AS (
+            SELECT tenant_id, month, request_id, x.entry / 2 AS number, sum(x.quantity) AS tokens,
+                   max(x.entry) AS last_entry
+            FROM ledger.usage_line x JOIN touched USING (tenant_id, month, request_id)
+            GROUP BY tenant_id, month, request_id, x.entry / 2, x.class, x.rate_pico),
+        u AS (
+            SELECT tenant_id, month, request_id, max(pair.last_entry) AS last_entry,
+                   coalesce(sum(abs(pair.tokens)) FILTER (WHERE pair.number < c.last), 0) AS left_over
+            FROM pair LEFT JOIN c USING (tenant_id, month, request_id) GROUP BY 1, 2, 3),
+        p AS (
+            SELECT x.tenant_id, x.month, x.source_id AS request_id, max(x.seq) AS last_seq FROM ledger.posting x
+            JOIN touched t ON t.tenant_id = x.tenant_id AND t.month = x.month AND t.request_id = x.source_id
+            GROUP BY 1, 2, 3)
+        SELECT format('request %s', request_id),
                format('corrected, %s corrections, and nothing left of the charges before', greatest(c.last, 1)),
                format('%s, %s corrections, lines up to entry %s, movements up to %s, %s tokens left over', o.state,
-                      c.corrections, u.last_entry, p.last_seq, u.left_over)
+                      coalesce(c.corrections, 0), u.last_entry, p.last_seq, u.left_over)
         FROM touched JOIN ledger.hold o USING (tenant_id, month, request_id)
-        CROSS JOIN LATERAL (
-            SELECT count(*) AS corrections, coalesce(max(x.number), 0) AS last FROM ledger.correction x
-            WHERE x.tenant_id = o.tenant_id AND x.month = o.month AND x.request_id = o.request_id) AS c
-        CROSS JOIN LATERAL (
-            SELECT coalesce(sum(abs(y.tokens)) FILTER (WHERE y.pair < c.last), 0) AS left_over,
-                   coalesce(max(y.last_entry), 0) AS last_entry
-            FROM (
-                SELECT x.entry / 2 AS pair, sum(x.quantity) AS tokens, max(x.entry) AS last_entry
-                FROM ledger.usage_line x
-                WHERE x.tenant_id = o.tenant_id AND x.month = o.month AND x.request_id = o.request_id
-                GROUP BY x.entry / 2, x.class, x.rate_pico) AS y) AS u
-        CROSS JOIN LATERAL (
-            SELECT coalesce(max(x.seq), 0) AS last_seq FROM ledger.posting x
-            WHERE x.tenant_id = o.tenant_id AND x.month = o.month AND x.source_id = o.request_id) AS p
-        WHERE o.state <> 'corrected' OR c.last = 0 OR c.corrections <> c.last OR u.left_over <> 0
+        LEFT JOIN c USING (tenant_id, month, request_id)
+        LEFT JOIN u USING (tenant_id, month, request_id)
+        LEFT JOIN p USING (tenant_id, month, request_id)
+        WHERE o.state <> 'corrected' OR c.last IS NULL OR c.corrections <> c.last OR u.left_over <> 0
            OR u.last_entry > 2 * c.last OR p.last_seq > 1000001 + c.last""",
     "every ended hold has its request, and every request its hold": """
         SELECT format('request %s', coalesce(o.request_id, r.request_id)),
@@ -352,6 +361,13 @@ CHECKS: dict[str, str] = {
 """Sentence -> query of (place, expected, found) that returns no row when the sentence is true."""
 
 
+SET_PLANNER = """
+    SET LOCAL enable_nestloop = off; SET LOCAL enable_memoize = off; SET LOCAL jit = off; SET LOCAL work_mem = '64MB'"""
+"""Every check reads whole tables and joins them by hashing or sorting. With statistics older than the rows, the planner
+took a hundred thousand postings for one and summed them all up anew for each hold line: seconds became hours."""
+_RESET_PLANNER = "SET LOCAL enable_nestloop = on; SET LOCAL enable_memoize = on"
+
+
 async def verify(connection: Connection, *, noted: Sequence[Seal] = (), progress: Progress | None = None) -> Verdict:
     """Run every check in one snapshot, and look for the seals that somebody noted.
 
@@ -362,10 +378,12 @@ async def verify(connection: Connection, *, noted: Sequence[Seal] = (), progress
     findings: list[Finding] = []
     with mapped():
         async with connection.transaction(isolation="repeatable_read", readonly=True):
+            await connection.execute(SET_PLANNER)
             for number, (check, query) in enumerate(checks.items()):
                 tell(check, number / len(checks))
                 for place, expected, found in await connection.fetch(query):
                     findings.append(Finding(check, place, plain(expected), plain(found)))
+            await connection.execute(_RESET_PLANNER)
             findings += await seals.check_rows(connection, tell)
             findings += await seals.check_noted(connection, noted)
             newest = await seals.newest(connection)
