@@ -70,7 +70,7 @@ test: $(VENV)/.installed-dev ## run every test that needs no cluster and no brow
 	@$(BIN)/python -Im pytest -n 3 --dist loadfile $(ARGS)
 
 test-sdk: $(VENV)/.installed-dev ## run the tests of the clients (those for TypeScript need node and npm)
-	@$(BIN)/python -Im pytest sdk/python/tests -n 2 --dist loadfile $(ARGS)
+	@$(BIN)/python -Im pytest sdk/python/tests tests/sdk -n 2 --dist loadfile $(ARGS)
 	@$(BIN)/python -Im pytest tests/typescript $(ARGS)
 
 test-simulation: $(VENV)/.installed-dev ## play 2,000 small worlds and 20 of 300 sidecars in simulated time (a minute)

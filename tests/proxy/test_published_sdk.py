@@ -3,38 +3,19 @@
 import json
 import os
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
-import pytest
-
 from behest_proxy.identity.keys import SigningKey
+from own_python import python_with
 from stack import Stack
 
 SDK = ["behest-ai==1.5.0b1", "openai<3", "httpx"]
 """It imports httpx without asking for it: in its time every openai brought it."""
 
 
-def python_with_sdk() -> Path:
-    """The Python of a virtual environment that is kept between runs. Skips where PyPI cannot be reached."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "behest"
-    folder = base / f"published-sdk-{sys.version_info.major}.{sys.version_info.minor}"
-    python, stamp = folder / "bin" / "python", folder / ".installed"
-    if not (stamp.exists() and stamp.read_text() == " ".join(SDK)):
-        for arguments in (
-            [sys.executable, "-m", "venv", "--clear", str(folder)],
-            [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input", *SDK],
-        ):
-            done = subprocess.run(arguments, capture_output=True, text=True, timeout=300, check=False)
-            if done.returncode:
-                pytest.skip(f"{SDK[0]} could not be installed: {done.stderr.strip()[-500:]}")
-        stamp.write_text(" ".join(SDK))
-    return python
-
-
 def test_the_published_sdk_works_unmodified_in_every_call_it_has(stack: Stack) -> None:
-    python = python_with_sdk()
+    python = python_with("published-sdk", *SDK)
     key = SigningKey.generate()
     pem = textwrap.indent(key.public_pem(), " " * 6)
     project = stack.project(project=f"  signingKeys:\n  - kid: sk_test\n    publicKey: |\n{pem}")
