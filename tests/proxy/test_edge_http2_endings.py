@@ -92,40 +92,6 @@ def test_a_closed_connection_tells_every_stream_once() -> None:
     run(main())
 
 
-def test_ten_thousand_opened_and_reset_streams_leave_no_task() -> None:
-    alive = 0
-    started = 0
-
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        nonlocal alive, started
-        if scope["path"] == "/ok":
-            await answer(send, b"ok")
-            return
-        alive += 1
-        started += 1
-        try:
-            while (await receive())["type"] != "http.disconnect":
-                pass
-        finally:
-            alive -= 1
-
-    async def main() -> None:
-        async with running(application(app)) as server, raw_h2(server.port) as client:
-            tasks = len(asyncio.all_tasks())
-            for number in range(10_000):
-                stream_id = client.request()
-                client.machine.reset_stream(stream_id, 8)
-                client.flush()
-                if number % 100 == 0:
-                    await asyncio.sleep(0)
-            assert (await client.get("/ok")).body == b"ok"
-            await until(lambda: alive == 0)
-            await until(lambda: len(asyncio.all_tasks()) <= tasks)
-            assert started <= 10_000
-
-    run(main())
-
-
 def test_a_protocol_error_is_answered_by_goaway_and_streams_are_told() -> None:
     gone = 0
 

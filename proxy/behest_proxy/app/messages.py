@@ -35,19 +35,20 @@ async def read_body(receive: Any, headers: Sequence[tuple[bytes, bytes]], *, byt
             raise _too_large(bytes_max)
         if name == b"content-encoding" and value.lower() != b"identity":
             raise InvalidRequest("a compressed body is not supported: send it as it is", param="content-encoding")
-    parts: list[bytes] = []
-    size = 0
+    body = bytearray()  # not a list of pieces: a client may send them of one byte each
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientLeftError
         part = message.get("body", b"")
-        size += len(part)
-        if size > bytes_max:
+        last = not message.get("more_body", False)
+        if len(body) + len(part) > bytes_max:
             raise _too_large(bytes_max)
-        parts.append(part)
-        if not message.get("more_body", False):
-            return parts[0] if len(parts) == 1 else b"".join(parts)
+        if last and not body:
+            return part
+        body += part
+        if last:
+            return bytes(body)
 
 
 async def send_answer(send: Any, status: int, body: bytes, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:

@@ -81,14 +81,22 @@ class EdgeHost:
             connection.abort()
 
     async def wait_until_idle(self, *, timeout_s: float) -> bool:
-        """Wait until no connection and no task is left; False when the time ran out first."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                while self.connections or self.tasks:
-                    self._changed.clear()
-                    await self._changed.wait()
-        except TimeoutError:
-            return False
+        """Wait until no connection and no task is left; False when the time ran out first.
+
+        Not by `asyncio.timeout`: before Python 3.11.4 it lets its own cancellation out of a task that was cancelled
+        once already, and that is what a server that ends is.
+        """
+        deadline_s = self.loop.time() + timeout_s
+        while self.connections or self.tasks:
+            left_s = deadline_s - self.loop.time()
+            if left_s <= 0:
+                return False
+            self._changed.clear()
+            changed = self.loop.create_task(self._changed.wait())
+            try:
+                await asyncio.wait([changed], timeout=left_s)
+            finally:
+                changed.cancel()
         return True
 
     async def cancel_tasks(self, *, timeout_s: float) -> None:

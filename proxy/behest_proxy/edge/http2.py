@@ -8,7 +8,9 @@ What keeps it bounded:
   `pump` resumes it when the client opened a window or the socket drained. Nothing polls.
 - bodies: the connection's window is given back on receipt, a stream's only when the application took the
   bytes; so a body that nobody reads stops its own stream and no other.
+- frames that cost us more than the client: `FrameGuard` counts them before they are parsed.
 - frames that we must answer (PING, SETTINGS): `control_buffer_bytes`.
+- work for requests that were reset: `abandoned_requests`.
 """
 
 import asyncio
@@ -30,6 +32,7 @@ from h2.exceptions import ProtocolError
 
 from behest_proxy.edge.connection import ClientConnection
 from behest_proxy.edge.direct import Header
+from behest_proxy.edge.frame_guard import FrameGuard
 from behest_proxy.edge.h2_machine import LAST_POSSIBLE_STREAM, H2Machine
 from behest_proxy.edge.heads import BadHead, answer_headers
 from behest_proxy.edge.host import EdgeHost
@@ -49,9 +52,11 @@ class Http2Connection(ClientConnection):
     def __init__(self, host: EdgeHost) -> None:
         super().__init__(host)
         self.machine = H2Machine(host.limits)
+        self._guard = FrameGuard(host.limits, host.loop.time())
         self.streams: dict[int, Http2Stream] = {}
         self.blocked: dict[int, Http2Stream] = {}
         self._requests = 0
+        self._abandoned = 0
         self._uncredited = 0
         self._outbox: list[bytes] = []
         self._outbox_bytes = 0
@@ -73,6 +78,10 @@ class Http2Connection(ClientConnection):
         """One read: parse it whole, handle its events, start the applications of new requests."""
         if not self.is_open:
             return
+        flood = self._guard.admit(data, self.host.loop.time())
+        if flood is not None:
+            self._calm(flood)
+            return
         try:
             events = self.machine.receive_data(data)
         except ProtocolError as error:
@@ -88,7 +97,7 @@ class Http2Connection(ClientConnection):
         # Started last: a request that the same read takes back costs no task.
         for stream in fresh:
             if not stream.closed:
-                stream.start()
+                stream.task = stream.start()
         if self.is_open and self.transport.get_write_buffer_size() > self.host.limits.control_buffer_bytes:
             log.warning("a client makes us answer frames and reads nothing: connection aborted")
             self.abort()
@@ -120,7 +129,7 @@ class Http2Connection(ClientConnection):
                 if stream is not None:
                     stream.complete_body()
             case StreamReset():
-                self._client_reset(event.stream_id)
+                self._stream_reset(event)
             case RemoteSettingsChanged():
                 self.pump()
             case PingAckReceived():
@@ -134,7 +143,9 @@ class Http2Connection(ClientConnection):
 
     def _request_received(self, event: RequestReceived, fresh: list[Http2Stream]) -> None:
         stream_id = event.stream_id
-        if self._refusing or len(self.streams) >= self.host.limits.concurrent_streams:
+        limits = self.host.limits
+        too_many = len(self.streams) >= limits.concurrent_streams or self._abandoned >= limits.abandoned_requests
+        if self._refusing or too_many:
             self._refuse(stream_id)
             return
         method = target = authority = b""
@@ -200,14 +211,27 @@ class Http2Connection(ClientConnection):
             self.machine.increment_flow_control_window(self._uncredited)
             self._uncredited = 0
 
-    def _client_reset(self, stream_id: int) -> None:
-        """RST_STREAM came. The seam for a budget of resets per connection (rapid reset, CVE-2023-44487)."""
+    def _stream_reset(self, event: StreamReset) -> None:
+        """The client reset a stream, or made `h2` reset one by breaking its rules."""
+        if not event.remote_reset:
+            flood = self._guard.was_reset(self.host.loop.time())
+            if flood is not None:
+                self._calm(flood)
+                return
+        stream_id = event.stream_id
         stream = self.streams.pop(stream_id, None)
         self.blocked.pop(stream_id, None)
         self.machine.forget(stream_id)
         if stream is not None:
+            if stream.task is not None and not stream.task.done():
+                self._abandoned += 1
+                stream.task.add_done_callback(self._let_go)
             stream.lose()
             self._streams_changed()
+
+    def _let_go(self, _task: "asyncio.Task[None]") -> None:
+        """The application noticed that its client had reset the stream, and is done."""
+        self._abandoned -= 1
 
     def _window_opened(self, stream_id: int) -> None:
         if stream_id == 0:
@@ -249,6 +273,7 @@ class Http2Connection(ClientConnection):
         """Hand over what waits in the outbox, then what `h2` has queued: the order in which they were made."""
         data = self.machine.data_to_send()
         if self._outbox:
+            self._guard.sent(len(self._outbox) // 2)
             data = b"".join((*self._outbox, data))
             self._outbox.clear()
             self._outbox_bytes = 0
@@ -305,6 +330,15 @@ class Http2Connection(ClientConnection):
             self.machine.queue_goaway(last_stream_id=self.machine.highest_inbound_stream_id)
             self.flush()
             self._close()
+
+    def _calm(self, flood: str) -> None:
+        """The client costs more than it may: say so and end its connection, with every stream on it."""
+        log.warning("a client's connection is ended: %s", flood)
+        self.machine.queue_goaway(
+            last_stream_id=self.machine.highest_inbound_stream_id, error_code=ErrorCodes.ENHANCE_YOUR_CALM
+        )
+        self._close()
+        self._lose()
 
     def _fail(self) -> None:
         """The client broke the protocol: `h2` has queued the GOAWAY that says how."""

@@ -6,6 +6,7 @@ by hand. HEADERS, END_STREAM, RST_STREAM and all that is received stay `h2`'s. F
 their order because whatever `h2` queues is handed to the transport at once.
 """
 
+import asyncio
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ class Http2Stream(ServedRequest):
     reset further on in the same read) while a callback writes to ours: hence the looks at `_window.closed`.
     """
 
-    __slots__ = ("_connection", "_frame_rest", "_machine", "_pending", "_uncredited", "_window", "stream_id")
+    __slots__ = ("_connection", "_frame_rest", "_machine", "_pending", "_uncredited", "_window", "stream_id", "task")
 
     def __init__(self, *, host: EdgeHost, scope: dict[str, Any], connection: "Http2Connection", stream_id: int) -> None:
         super().__init__(host=host, scope=scope)
@@ -39,6 +40,8 @@ class Http2Stream(ServedRequest):
         self._frame_rest = b"\x00\x00" + stream_id.to_bytes(4, "big")
         self._pending = bytearray()
         self._uncredited = 0
+        self.task: asyncio.Task[None] | None = None
+        """The application's work for this request; None: not begun."""
 
     @property
     def buffered_bytes(self) -> int:

@@ -31,6 +31,25 @@ class EdgeLimits:
     """HTTP/2 streams open at once on a connection; more are refused (REFUSED_STREAM: clients retry). Times
     `request_window_bytes` this bounds what one connection can make us hold: 64 MiB."""
 
+    abandoned_requests: int = 64
+    """HTTP/2 requests of a connection whose client has reset them while their work is not over yet. At so many, further
+    ones are refused: to open and reset streams must not be a way to make us work on more than `concurrent_streams`."""
+
+    resets: int = 1000
+    """HTTP/2 streams that a client may reset at once (a page with many of them is closed); a thirtieth of it each
+    second in the long run. Beyond, as with the next three, the connection is told ENHANCE_YOUR_CALM."""
+
+    control_frames: int = 2000
+    """HTTP/2 frames that carry nothing (PING, SETTINGS, PRIORITY, CONTINUATION, next to empty DATA) that may come at
+    once; a tenth of it each second in the long run."""
+
+    requests_burst: int = 2000
+    """HTTP/2 requests that may come at once, and each second in the long run."""
+
+    window_updates: int = 2000
+    """HTTP/2 WINDOW_UPDATE frames that may come at once, and each second in the long run, beside two for each DATA
+    frame that we send."""
+
     header_list_bytes: int = 64 * KIB
     """Size of a request's head: HTTP/2 header list (RFC 9113, 6.5.2), HTTP/1.1 request line and headers."""
 
@@ -46,6 +65,10 @@ class EdgeLimits:
 
     head_timeout_s: float = 10.0
     """From a request's first byte to its complete head (HTTP/1.1), and to know the protocol at all."""
+
+    body_timeout_s: float = 120.0
+    """From the moment in which an application waits for a request's body to the body's end; then it is cut. Ten
+    megabytes (the largest body by default) take so long at 0.7 Mbit/s."""
 
     stall_timeout_s: float = 60.0
     """A client that takes nothing for so long is cut, where no application watches: after `end`, and inside

@@ -40,6 +40,7 @@ class ServedRequest(ABC):
         "_body",
         "_body_complete",
         "_body_delivered",
+        "_body_timer",
         "_drained",
         "_host",
         "_method",
@@ -74,6 +75,7 @@ class ServedRequest(ABC):
         self._body = bytearray()
         self._body_complete = False
         self._body_delivered = False
+        self._body_timer: asyncio.TimerHandle | None = None
         self._readable: asyncio.Event | None = None
         self._drained: asyncio.Future[None] | None = None
         self._stall_timer: asyncio.TimerHandle | None = None
@@ -150,9 +152,9 @@ class ServedRequest(ABC):
 
     # --- called by the connection
 
-    def start(self) -> None:
+    def start(self) -> "asyncio.Task[None]":
         """Run the application for this request."""
-        self._host.start(self._run())
+        return self._host.start(self._run())
 
     def feed_body(self, data: bytes) -> None:
         """Body bytes came."""
@@ -162,6 +164,7 @@ class ServedRequest(ABC):
     def complete_body(self) -> None:
         """The body ended."""
         self._body_complete = True
+        self._cancel_body_timer()
         self._wake_receiver()
 
     def lose(self) -> None:
@@ -211,6 +214,8 @@ class ServedRequest(ABC):
                 return {"type": "http.request", "body": body, "more_body": not self._body_delivered}
             if not self._body_complete:
                 self._body_wanted()
+                if self._body_timer is None:
+                    self._body_timer = self._host.loop.call_later(self._host.limits.body_timeout_s, self.cut)
             if self._readable is None:
                 self._readable = asyncio.Event()
             self._readable.clear()
@@ -306,6 +311,7 @@ class ServedRequest(ABC):
         self.open = False
         self.paused = False
         self._cancel_stall_timer()
+        self._cancel_body_timer()
         self.on_gone = None
         self.on_resume = None
         self._body = bytearray()
@@ -316,6 +322,11 @@ class ServedRequest(ABC):
     def _wake_receiver(self) -> None:
         if self._readable is not None:
             self._readable.set()
+
+    def _cancel_body_timer(self) -> None:
+        if self._body_timer is not None:
+            self._body_timer.cancel()
+            self._body_timer = None
 
     def _arm_stall_timer(self) -> None:
         self._cancel_stall_timer()
