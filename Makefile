@@ -49,7 +49,7 @@ define install
 	@touch $(2)
 endef
 
-.PHONY: always help up down install-dev test test-sdk test-simulation test-outages test-cluster test-image test-focus torture check bench clean-venv
+.PHONY: always help up down install-dev test test-sdk test-simulation test-outages test-cluster test-image test-focus test-browser screenshots torture check bench clean-venv
 
 help: ## show this list
 	@echo "Behest: an OpenAI-compatible streaming gateway whose budgets hold, to the last token."
@@ -87,6 +87,12 @@ test-image: $(VENV)/.installed-dev ## build the image, run the sidecar in a cont
 
 test-focus: $(VENV)/.installed-dev ## let the official FOCUS validator judge a bill (needs Python 3.12, made ready here, once)
 	@$(BIN)/python -Im pytest tests/focus $(ARGS)
+
+test-browser: $(VENV)/.installed-dev ## run the tests that need a browser (Debian: apt install chromium)
+	@$(BIN)/python -Im pytest tests/browser $(ARGS)
+
+screenshots: $(VENV)/.installed-dev ## take the pictures of the documents anew (needs a browser, too)
+	@PYTHONPATH=tests $(BIN)/python -m browser.screenshots $(ARGS)
 
 torture: $(VENV)/.installed-dev ## kill -9 sidecars and PostgreSQL for a while, then look at the books
 	@PYTHONPATH=tests $(BIN)/python -m torture.run $(ARGS)

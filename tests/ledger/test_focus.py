@@ -199,6 +199,16 @@ def test_the_provider_is_who_has_the_price(price_key: str, provider: str, versio
     assert (told["ProviderName"], told["ServiceProviderName"], told["x_PriceVersion"]) == (provider, provider, version)
 
 
+@given(st.lists(rows, max_size=8), st.sampled_from(["v1/openai/gpt-4o#0", "ns/up/gpt-4o@free", "else"]))
+@settings(max_examples=40, deadline=None)
+def test_a_price_has_one_sku_whatever_the_model_is_called(charged: list[BillingRow], price_key: str) -> None:
+    skus: dict[Any, set[Any]] = {}
+    for charge in charged:
+        line = focus_row(msgspec.structs.replace(charge, price_key=price_key))
+        skus.setdefault(line["SkuPriceId"], set()).add((line["SkuId"], line["SkuMeter"], line["SkuPriceDetails"]))
+    assert all(len(found) == 1 for found in skus.values())
+
+
 def test_prices_that_differ_have_ids_that_differ() -> None:
     ids = {
         focus_row(row(token_class=name, rate_pico=rate))["SkuPriceId"] for name in METERS for rate in (150_000, 300_000)

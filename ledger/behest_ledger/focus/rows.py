@@ -49,7 +49,7 @@ _OF_RESOURCE = re.compile(r"(?P<upstream>.+?/.+?)/(?P<model>.+)@(?P<version>[^@]
 
 def focus_row(row: BillingRow) -> dict[str, Value]:
     """The row, with the columns of every version: who writes it takes those of one."""
-    provider, price_version = _price_of(row)
+    provider, sku, price_version = _price_of(row)
     cost = _decimal(row.amount_pico, _PICO_DIGITS)
     is_tokens = row.token_class != REQUEST_CLASS
     digits = _TOKENS_PER_UNIT_DIGITS if is_tokens else 0
@@ -94,9 +94,9 @@ def focus_row(row: BillingRow) -> dict[str, Value]:
         "ServiceName": f"{provider} inference",
         "ServiceProviderName": provider,
         "ServiceSubcategory": SERVICE_SUBCATEGORY,
-        "SkuId": f"{provider}/{row.upstream_model}/{row.token_class}",
+        "SkuId": f"{sku}/{row.token_class}",
         "SkuMeter": meter,
-        "SkuPriceDetails": _json({"x_Model": row.upstream_model, "x_TokenClass": row.token_class}),
+        "SkuPriceDetails": _json({"x_Sku": sku, "x_TokenClass": row.token_class}),
         # One price key has several prices where a long input costs more: the price itself tells them apart.
         "SkuPriceId": f"{row.price_key}/{row.token_class}/{unit_price:f}",
         "SubAccountId": row.project_id,
@@ -128,15 +128,19 @@ def _tags(row: BillingRow) -> dict[str, str]:
     return {name: value for name, value in tags.items() if value is not None}
 
 
-def _price_of(row: BillingRow) -> tuple[str, str]:
-    """(whose price, of which version). A price that a resource states is its Upstream's."""
+def _price_of(row: BillingRow) -> tuple[str, str, str]:
+    """(whose price, of what, of which version). A price that a resource states is its Upstream's.
+
+    Of what is said by the price, not by the model that was asked: several models may have one price, and a price has one
+    SKU.
+    """
     found = _OF_BOOK.fullmatch(row.price_key)
     if found is not None:
-        return found["provider"], found["version"]
+        return found["provider"], f"{found['provider']}/{found['model']}", found["version"]
     found = _OF_RESOURCE.fullmatch(row.price_key)
     if found is not None:
-        return found["upstream"], found["version"]
-    return row.upstream or row.price_key, row.price_key
+        return found["upstream"], f"{found['upstream']}/{found['model']}", found["version"]
+    return row.upstream or row.price_key, row.price_key, row.price_key
 
 
 def _month_of(moment: datetime) -> datetime:

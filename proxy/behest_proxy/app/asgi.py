@@ -13,6 +13,7 @@ from behest_proxy.app.chat import ChatCompletions
 from behest_proxy.app.endpoints import Endpoints
 from behest_proxy.app.gateway import Gateway
 from behest_proxy.app.openapi import openapi_document
+from behest_proxy.app.page import Page
 from behest_proxy.app.usage import Usage
 
 
@@ -50,7 +51,7 @@ def client_app(gateway: Gateway, *, by_pod: bool = False) -> Any:
 
 
 def admin_app(gateway: Gateway) -> Any:
-    """What probes see."""
+    """What probes see, and the built-in page."""
 
     async def healthz(_request: Request) -> Response:
         return PlainTextResponse("ok\n")
@@ -71,6 +72,7 @@ def admin_app(gateway: Gateway) -> Any:
             Route("/healthz", healthz),
             Route("/readyz", readyz),
             Route("/leave", leave, methods=["POST"]),
+            *Page(gateway).routes(),
         ],
         redirect_slashes=False,
     )

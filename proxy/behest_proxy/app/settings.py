@@ -46,6 +46,9 @@ class Settings:
     """The pod's labels, a JSON object: budgets may select by them."""
     admin_bind: str = "127.0.0.1:8081"
     """Where probes connect: `/healthz`, `/readyz`. Never reachable for clients."""
+    page: Literal["auto", "on", "off"] = "auto"
+    """The built-in page at `admin_bind`, for this machine's own loopback only. `auto`: on, but not in a pod beside
+    other containers, which share that loopback (`workload_name` is set)."""
     tls_cert_file: Path | None = None
     """Certificate chain, PEM. With `tls_key_file` clients connect by TLS."""
     tls_key_file: Path | None = None
@@ -80,6 +83,11 @@ class Settings:
     """How much is logged."""
     name: str = "behest"
     """How this process calls itself in the ledger."""
+
+    @property
+    def shows_page(self) -> bool:
+        """Whether the admin listener has the built-in page."""
+        return self.page == "on" or (self.page == "auto" and not self.workload_name)
 
     @property
     def workload(self) -> Workload | None:

@@ -47,9 +47,19 @@ def add_parser(subparsers: Any) -> None:
         metavar="FILE",
         help="what `verify` printed some time ago: every seal in it must still be in its chain",
     )
-    top = commands.add_parser("top", help="who spends what: sessions, users and models by cost")
+    top = commands.add_parser(
+        "top",
+        help="what goes on: budgets, sessions, requests",
+        description="On a terminal, what goes on, again and again: budgets with what is spent and held, the sessions"
+        " that spend most, recent requests. Into a pipe: a table of sessions, users and models by cost, what runs"
+        " included.",
+    )
+    top.add_argument("--once", action="store_true", help="print it once, wherever it goes")
     top.add_argument("--hours", type=float, default=24.0, help="how far to look back (default: %(default)s)")
     top.add_argument("--limit", type=int, default=20, help="rows (default: %(default)s)")
+    top.add_argument(
+        "--interval", type=_seconds, default=2.0, metavar="SECONDS", help="between two looks (default: %(default)s)"
+    )
     keep = commands.add_parser(
         "keep",
         help="end what sidecars left behind, until stopped",
@@ -248,6 +258,17 @@ def _noted(name: str) -> list["Seal"]:
 
 
 async def _top(dsn: str, arguments: argparse.Namespace) -> int:
+    from behest_proxy.cli.glance import show
+
+    if arguments.once or sys.stdout.isatty():
+        return await show(
+            dsn,
+            hours=arguments.hours,
+            rows=arguments.limit,
+            interval_s=arguments.interval,
+            once=arguments.once,
+            out=sys.stdout,
+        )
     from behest_ledger.money import usd_from_pico
     from behest_ledger.store.pool import connect
     from behest_ledger.store.reports import top
