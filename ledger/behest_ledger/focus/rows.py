@@ -131,7 +131,7 @@ def _tags(row: BillingRow) -> dict[str, str]:
 def _price_of(row: BillingRow) -> tuple[str, str, str]:
     """(whose price, of what, of which version). A price that a resource states is its Upstream's.
 
-    Of what is said by the price, not by the model that was asked: several models may have one price, and a price has one
+    Of what is said by the price, not by the model that was asked: several may have one price, and a price has one
     SKU.
     """
     found = _OF_BOOK.fullmatch(row.price_key)

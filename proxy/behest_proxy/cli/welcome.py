@@ -79,7 +79,7 @@ def greet(terminal: Terminal, welcome: Welcome, *, environment: Mapping[str, str
     terminal.line()
     terminal.line(terminal.bold(f"Behest is ready ({welcome.started_in_s:.1f} s)"))
     terminal.line(f"  OpenAI base URL   {terminal.paint(welcome.base_url + '/v1', '36')}")
-    terminal.line(f"  admin URL         {welcome.admin_url}/readyz")
+    terminal.line(f"  what is spent     {welcome.admin_url}/")
     terminal.line()
     terminal.line(terminal.dim(f"# A stream, from another terminal in {here}:"))
     terminal.line(curl_command(welcome, here=here, environment=environment))
