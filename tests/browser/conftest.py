@@ -1,4 +1,4 @@
-"""One browser for all tests of this folder."""
+"""A browser for each file of this folder: while it runs, asyncio is for other threads."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from browser.chromium import BrowserMissing, running
 from conftest import Server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser(template: Server) -> Iterator[Browser]:
     """Chromium. Without one nothing here can be tested, and that is said at once. The server is started before it: see
     `browser.beside`."""

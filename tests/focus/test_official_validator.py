@@ -87,10 +87,10 @@ def test_its_own_fault_is_there_whatever_stands_in_the_column(ledger: str, tmp_p
 
 
 @needs_python312
-def test_it_would_find_a_price_that_is_not_the_cost(ledger: str, tmp_path: Path) -> None:
+def test_it_would_find_what_is_wrong(ledger: str, tmp_path: Path) -> None:
     path = export(ledger, tmp_path / "bill.csv")
     head, *lines = path.read_text().splitlines()
-    place = head.split(",").index("ListUnitPrice")
-    wrong = [",".join([*line.split(",")[:place], "7.5", *line.split(",")[place + 1 :]]) for line in lines]
+    place = head.split(",").index("ChargeCategory")
+    wrong = [",".join([*line.split(",")[:place], "Nonsense", *line.split(",")[place + 1 :]]) for line in lines]
     path.write_text("\n".join([head, *wrong]) + "\n")
-    assert "ListUnitPrice-C-010-C" in judged(path).failed
+    assert "ChargeCategory-C-003-M" in judged(path).failed

@@ -113,11 +113,11 @@ def test_once_prints_it_and_ends(database: str, capsys: pytest.CaptureFixture[st
     keep_books(database, _books)
     assert main(["ledger", "top", "--once", "--database-url", database]) == 0
     told = capsys.readouterr().out
-    assert "1 running, $0.0000000000560 so far" in told
+    assert "1 running, $0.000000000056 so far" in told
     assert "demo/money" in told
     assert "\x1b" not in told
     assert [line.split() for line in told.splitlines() if line.startswith("  s1")] == [
-        ["s1", "ann", "1", "1", "11", "0.0000000000890"]
+        ["s1", "ann", "1", "1", "11", "0.000000000089"]
     ]
 
 

@@ -95,6 +95,8 @@ def test_another_name_or_another_sites_page_learns_nothing(stack: Stack, path: s
         ("127.0.0.1", "localhost:8081", True),
         ("127.0.0.1", "127.0.0.1", True),
         ("::1", "[::1]:8081", True),
+        ("::ffff:127.0.0.1", "localhost:8081", True),
+        ("::ffff:10.0.0.7", "localhost:8081", False),
         ("10.0.0.7", "localhost:8081", False),
         ("fd00::1", "[::1]:8081", False),
         ("127.0.0.1", "", False),

@@ -177,9 +177,12 @@ def _is_local(request: Request) -> bool:
     """Whether it comes over loopback and names it, and no page of another site sent it."""
     client = request.client.host if request.client is not None else ""
     try:
-        if not ipaddress.ip_address(client).is_loopback:
-            return False
+        address = ipaddress.ip_address(client)
     except ValueError:
+        return False
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped  # on a listener for both families
+    if not address.is_loopback:
         return False
     host = request.headers.get("host", "").lower()
     name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
