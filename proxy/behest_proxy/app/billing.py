@@ -136,7 +136,8 @@ def _form(request: Request) -> tuple[str, Version, bool]:
     if name not in FORMATS:
         raise InvalidRequest(f"format: must be {' or '.join(FORMATS)}", param="format")
     wanted = asked.get("focus_version") or VERSIONS[0]
-    version = next((version for version in VERSIONS if version == wanted), None)
+    versions: dict[str, Version] = {version: version for version in VERSIONS}
+    version = versions.get(wanted)
     if version is None:
         raise InvalidRequest(f"focus_version: must be {' or '.join(VERSIONS)}", param="focus_version")
     by_session = asked.get("per_session") or "false"
