@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import uvloop
-from bench import books, cancel, chunk, ledger, through
+from bench import books, cancel, chunk, identity, ledger, through, usage
 from bench.answers import BrokenAnswer
 from bench.peers import Peer, PeerError, behest, envoy, envoy_version, simulator
 
@@ -27,13 +27,17 @@ figures:
           over HTTP/2 and HTTP/1.1.
   ledger  in a PostgreSQL of its own with the settings of `behest up`: admission, holds on one hot window, settling,
           and through the sidecar statements a stream and the time from the kill switch to the last chunk.
+  usage   questions about usage over a million requests, in a PostgreSQL of its own.
+  identity  verifying tokens, and 200 mints a second beside 50 streams.
 """
 _EPILOG = """\
 examples:
-  make bench                                       everything, 7 minutes
+  make bench                                       everything, 10 minutes
   make bench ARGS="--quick"                        a first look, under 60 seconds: one turn, HTTP/2 and 20 streams
   make bench ARGS="chunk --case chunk-h2-200"      one case
   make bench ARGS=ledger                           the ledger alone, 3 minutes
+  make bench ARGS=usage                            usage over a million requests, 3 minutes
+  make bench ARGS=identity                         tokens, under a minute
   make bench ARGS="chunk --thorough"               1,000-chunk answers and three turns, 15 minutes
 
 A figure is the ratio, not the microseconds: those are this machine's. Look at `others` in the table: when other
@@ -78,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         "figure",
         nargs="?",
         default="all",
-        choices=["all", "chunk", "cancel", "ledger"],
+        choices=["all", "chunk", "cancel", "ledger", "usage", "identity"],
         help="what to measure (default: all)",
     )
     effort = parser.add_mutually_exclusive_group()
@@ -100,7 +104,11 @@ def _figures(arguments: argparse.Namespace, folder: Path, say: Callable[[str], N
     print(_machine())
     if arguments.figure == "ledger" or (arguments.figure == "all" and not arguments.quick):
         _ledger(folder / "ledger", say)
-    if arguments.figure == "ledger":
+    if arguments.figure == "usage" or (arguments.figure == "all" and not arguments.quick):
+        _usage(folder / "usage", say)
+    if arguments.figure == "identity" or (arguments.figure == "all" and not arguments.quick):
+        _identity(folder / "identity", say)
+    if arguments.figure in ("ledger", "usage", "identity"):
         return 0
     with simulator(folder) as (upstream_url, simulator_pid):
         say("starting behest (PostgreSQL, ledger, sidecar)")
@@ -148,6 +156,30 @@ def _ledger(folder: Path, say: Callable[[str], None]) -> None:
                     work = through.statements(peer, database, say, stagger_s=stagger_s)
                     print(uvloop.run(work), flush=True)
                 print(uvloop.run(through.kill(peer, database, say)), flush=True)
+    print()
+
+
+def _usage(folder: Path, say: Callable[[str], None]) -> None:
+    folder.mkdir()
+    say("starting PostgreSQL")
+    with books.server(folder) as dsn:
+
+        async def ask() -> None:
+            async for line in usage.measure(await books.database(dsn, "usage"), say):
+                print(line, flush=True)
+
+        uvloop.run(ask())
+    print()
+
+
+def _identity(folder: Path, say: Callable[[str], None]) -> None:
+    folder.mkdir()
+    for line in identity.verify():
+        print(line, flush=True)
+    with simulator(folder) as (upstream_url, _):
+        say("starting behest (PostgreSQL, ledger, sidecar)")
+        with behest(folder, upstream_url, tokens=identity.STREAMS) as peer:
+            print(uvloop.run(identity.mint(peer, say)), flush=True)
     print()
 
 

@@ -36,6 +36,8 @@ class Peer:
     tokens: list[str]
     parent_pid: int = 0
     """Whose descendants are its helpers, where it has any."""
+    api_key: str = ""
+    """What it mints tokens for, where it does."""
 
 
 @contextlib.contextmanager
@@ -59,7 +61,7 @@ def behest(folder: Path, upstream_url: str, *, tokens: int, database_url: str | 
         _wait(process, folder / "behest.log", ready_file.exists)
         ready = json.loads(ready_file.read_text(encoding="utf-8"))
         minted = [_mint(ready["base_url"], ready["api_key"], number) for number in range(tokens)]
-        yield Peer("behest", ready["base_url"], ready["proxy_pid"], minted, parent_pid=ready["pid"])
+        yield Peer("behest", ready["base_url"], ready["proxy_pid"], minted, ready["pid"], ready["api_key"])
 
 
 @contextlib.contextmanager

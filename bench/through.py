@@ -30,6 +30,7 @@ _BACKGROUND = (
     "free_concurrency_v1",
     "tell_alerts_v1",
     "seal_v1",
+    "roll_usage_v1",
 )
 """What sidecar and keeper ask by the clock, however many streams there are."""
 _CHECKPOINT = "checkpoint_batch_v1"

@@ -14,8 +14,9 @@ from urllib.parse import quote, urlsplit
 import pytest
 import yaml
 
-from behest_ledger.configuration.kinds import UpstreamSpec
+from behest_ledger.configuration.kinds import Tier, UpstreamSpec
 from behest_ledger.configuration.manifests import parse
+from behest_ledger.configuration.tiers import BUILTIN
 from behest_ledger.store.pool import connect
 from behest_ledger.store.roles import session_tenants
 from behest_proxy.app.settings import Settings
@@ -99,6 +100,13 @@ def test_the_demo_is_valid_and_finds_its_simulator() -> None:
     (upstream,) = (spec for spec in specs if isinstance(spec, UpstreamSpec))
     command = SERVICES["simulator"]["command"]
     assert upstream.base_url == f"http://simulator:{command[command.index('--port') + 1]}/v1"
+
+
+def test_the_built_in_tiers_are_in_the_demo_and_on_the_page_as_behest_up_writes_them() -> None:
+    page = (ROOT / "docs" / "budgets.md").read_text()
+    shown = "\n---\n".join(text for text in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL) if "apiVersion:" in text)
+    for text in ((COMPOSE / "demo.yaml").read_text(), shown):
+        assert {item.name: item.spec for item in parse(text) if isinstance(item, Tier)} == BUILTIN
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")

@@ -24,7 +24,7 @@ TABLES = {
 FUNCTIONS = {
     "admit_batch_v1", "budgets_of_v1", "budgets_of_v2", "checkpoint_batch_v1", "extend_batch_v1", "lease_batch_v1",
     "put_signing_key_v1", "rates_of_v1", "register_holder_v1", "renew_holder_v1", "session_tenants_v1",
-    "settle_batch_v1", "unregister_holder_v1",
+    "settle_batch_v1", "unregister_holder_v1", "usage_bins_v1", "usage_totals_v1",
 }  # fmt: skip
 
 ALL_TABLES = """

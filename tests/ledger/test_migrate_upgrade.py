@@ -30,7 +30,8 @@ UNION ALL
 SELECT tgrelid::regclass || ' ' || tgname || ' ' || tgtype || ' ' || tgenabled::text || ' ' || tgfoid::regproc
 FROM pg_trigger WHERE tgrelid IN (SELECT oid FROM pg_class WHERE relnamespace = 'ledger'::regnamespace)
 UNION ALL
-SELECT pg_get_functiondef(oid) || coalesce(proacl::text, '') FROM pg_proc WHERE pronamespace = 'ledger'::regnamespace
+SELECT CASE prokind WHEN 'a' THEN oid::regprocedure::text ELSE pg_get_functiondef(oid) END || coalesce(proacl::text, '')
+FROM pg_proc p WHERE pronamespace = 'ledger'::regnamespace
 UNION ALL
 SELECT polrelid::regclass || ' ' || polname || ' ' || polcmd::text || ' ' || pg_get_expr(polqual, polrelid)
 FROM pg_policy

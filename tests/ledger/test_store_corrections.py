@@ -14,7 +14,7 @@ from behest_ledger.store import corrections
 from behest_ledger.store.corrections import Corrected, correct
 from behest_ledger.store.pool import connect
 from behest_ledger.store.reports import top
-from behest_ledger.store.usage import usage_by_model_and_session
+from behest_ledger.store.usage import usage_totals
 from ledger.books import TENANT, Books, granted, keep_books, new_id, settlement
 from ledger.sealing import seal_all
 from ledger.sidecars import Sidecar, charge, reap, state
@@ -101,9 +101,10 @@ def test_the_request_keeps_its_row_and_shows_the_correction(dsn: str) -> None:
         }  # fmt: skip
         (row,) = await top(books.connection, since=LONG_AGO)
         assert (row.requests, row.output_tokens, row.amount_pico) == (1, 5, 56)
-        (usage,) = await usage_by_model_and_session(
+        totals = await usage_totals(
             books.connection, tenant_id=TENANT, project_id="demo/shop", begin=LONG_AGO, end=FAR_AHEAD, user_id=None
         )
+        (usage,) = totals.models
         assert (usage.requests, usage.output_tokens, usage.amount_pico) == (1, 5, 56)
 
     keep_books(dsn, work)

@@ -59,7 +59,12 @@ def project(template: Server, tmp_path_factory: pytest.TempPathFactory) -> Itera
     with (
         own_database(template, "byok") as dsn,
         _echo() as url,
-        running_stack(dsn, folder, BEHEST_MASTER_KEY_FILE=str(folder / "master-key")) as stack,
+        running_stack(
+            dsn,
+            folder,
+            BEHEST_MASTER_KEY_FILE=str(folder / "master-key"),
+            NAMED_IN_THE_MANIFEST="sk-of-the-manifest",
+        ) as stack,
     ):
         yield stack.project(upstream_url=url, upstream="  byok: true")
 
@@ -144,3 +149,23 @@ def test_a_key_that_cannot_be_kept_is_refused(
     done = command(project.stack, "set", *arguments, given=given)
     assert done.returncode == 2
     assert told in done.stderr
+
+
+def test_without_a_key_of_its_own_a_project_calls_with_what_the_manifest_names(project: Project) -> None:
+    stack, master_key = project.stack, project.stack.log.parent / "master-key"
+    other = stack.project(
+        upstream_url=stack.query("SELECT spec ->> 'baseURL' AS url FROM ledger.upstream LIMIT 1")[0]["url"],
+        upstream="  byok: true\n  credentials: {env: NAMED_IN_THE_MANIFEST}",
+    )
+    assert "Bearer sk-of-the-manifest" in asked(other).text
+    which = ["--project", other.project_id, "--provider", "provider"]
+    assert command(stack, "set", *which, given=SECRET, master_key=master_key).returncode == 0
+    wait_until(lambda: f"Bearer {SECRET}" in asked(other).text, what="the use of its own key")
+    assert command(stack, "delete", *which).returncode == 0
+    wait_until(lambda: "Bearer sk-of-the-manifest" in asked(other).text, what="the manifest's key again")
+    # Both are the tenant's own: neither is billed as the platform's.
+    bill = httpx.get(
+        stack.base_url + "/v1/billing/usage", headers={"Authorization": f"Bearer {other.mint(role='admin')}"}
+    ).json()
+    assert bill["platform"]["requests"] == 0
+    assert bill["byok"]["requests"] > 0

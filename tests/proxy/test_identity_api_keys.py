@@ -178,6 +178,37 @@ def test_an_unknown_key_is_refused_by_the_lookup_alone() -> None:
     assert (len(world.lookups), world.proofs) == (1, [])
 
 
+def test_looking_a_key_up_takes_the_same_steps_however_near_a_guess_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys are found by their SHA-256, which nobody can steer, and compared as such in constant time: how long a
+    refusal takes says nothing about how much of a key was right. The steps are counted, because times are not exact.
+    """
+    known = key(1)
+    compared: list[tuple[bytes, bytes]] = []
+
+    def compare(one: bytes, other: bytes) -> bool:
+        compared.append((one, other))
+        return False
+
+    monkeypatch.setattr("behest_ledger.api_key_hash.hmac.compare_digest", compare)
+    flipped = {"0": "1"}
+    guesses = [
+        known[:place] + flipped.get(known[place], "0") + known[place + 1 :]
+        for place in range(len(known) - 32, len(known))
+    ]
+    world = World(known)
+    for guess in guesses:
+        world.rows[api_key_digest(guess)] = record(known)
+
+    async def main() -> None:
+        for guess in guesses:
+            with pytest.raises(InvalidToken, match=r"^The API key is unknown\.$"):
+                await world.verifier.verify(guess)
+
+    run(world, main)
+    assert compared == [(api_key_digest(known), api_key_digest(guess)) for guess in guesses]
+    assert (len(world.lookups), world.proofs) == (len(guesses), [])
+
+
 def test_a_revoked_key_is_refused_by_the_lookup_alone() -> None:
     world = World(key())
     world.revoke(key())

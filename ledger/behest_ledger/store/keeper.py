@@ -1,10 +1,11 @@
 """The keeper: one loop that ends what nobody else will end.
 
 It fences holders that are dead and moves their holds to suspense, charges what stayed there beyond the period of grace,
-seals what was written, tells of budgets that reached a threshold, makes the partitions of the months to come, and
-forgets holders of long ago. Many keepers may run, one works: the one that has an advisory lock of its own session. The
-lock saves work and is no condition of being right: each step is one function of the database that is whole, bounded,
-and may be called at any time. Months that are old enough are put away (`store/retention.py`).
+seals what was written and adds it to the sums of usage, tells of budgets that reached a threshold, makes the partitions
+of the months to come, and forgets holders of long ago. Many keepers may run, one works: the one that has an advisory
+lock of its own session. The lock saves work and is no condition of being right: each step is one function of the
+database that is whole, bounded, and may be called at any time. Months that are old enough are put away
+(`store/retention.py`).
 
 True-up, the way from what is believed to what is true, has three steps, and the keeper takes only the middle one. A
 journal that comes back settles its requests itself, out of suspense, and nothing has to be made good. What no journal
@@ -29,6 +30,7 @@ from behest_ledger.store.migrate import PARTITIONS_AHEAD_MONTHS, check_schema
 from behest_ledger.store.pool import Connection, connect
 from behest_ledger.store.retention import MONTH_TIMEOUT_S, RETENTION_MONTHS, put_old_months_away
 from behest_ledger.store.seals import Sealed, Sealer
+from behest_ledger.store.usage import Added, add_up
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +71,8 @@ class KeeperReport(msgspec.Struct, frozen=True, kw_only=True):
     holders_pruned: int = 0
     seals: int = 0
     sealed_rows: int = 0
+    usage_requests: int = 0
+    """Requests that were added to the sums of usage."""
     months_put_away: int = 0
     more: bool = False
     """There is more than one round may do."""
@@ -118,6 +122,7 @@ class Keeper:
         self._seal_interval_s = seal_interval_s
         self._sealer = Sealer()
         self._seal_due_s = 0.0
+        self._more_to_add = True
         self._retention_months = retention_months
         self._drop_months = drop_months
         self._retention_due_s = 0.0
@@ -160,6 +165,7 @@ class Keeper:
             charged, charged_pico, more_to_charge = await self._charge(connection)
             alerts, more_to_tell = await self._tell_alerts(connection)
             sealed = await self._seal(connection)
+            added = await self._add_up(connection, sealed)
         return KeeperReport(
             working=True,
             fenced=fenced,
@@ -171,8 +177,9 @@ class Keeper:
             holders_pruned=pruned,
             seals=sealed.seals,
             sealed_rows=sealed.rows,
+            usage_requests=added.requests,
             months_put_away=await self._put_months_away(),
-            more=more_to_reap or more_to_charge or more_to_tell or sealed.more,
+            more=more_to_reap or more_to_charge or more_to_tell or sealed.more or added.more,
         )
 
     async def aclose(self) -> None:
@@ -231,6 +238,7 @@ class Keeper:
         self._writable_since = since
         self._housekeeping_due_s = 0.0
         self._seal_due_s = 0.0
+        self._more_to_add = True
         self._retention_due_s = 0.0
         self._told_standby = False
         logger.info("keeping the ledger: every %.1f s", self._interval_s)
@@ -318,6 +326,18 @@ class Keeper:
         if not sealed.more:
             self._seal_due_s = loop.time() + self._seal_interval_s
         return sealed
+
+    async def _add_up(self, connection: Connection, sealed: Sealed) -> Added:
+        self._more_to_add = self._more_to_add or sealed.seals > 0
+        if not self._more_to_add:
+            return Added(0, more=False)
+        try:
+            added = await add_up(connection, calls_max=BATCHES_MAX)
+        except (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError):
+            # Somebody else seals or adds.
+            return Added(0, more=False)
+        self._more_to_add = added.more
+        return added
 
     async def _put_months_away(self) -> int:
         loop = asyncio.get_running_loop()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from behest_ledger.store import seals
+from behest_ledger.store import seals, usage
 from behest_ledger.store.errors import mapped
 from behest_ledger.store.findings import Finding, Progress, plain
 from behest_ledger.store.pool import Connection
@@ -374,7 +374,7 @@ async def verify(connection: Connection, *, noted: Sequence[Seal] = (), progress
     Raises `LedgerUnavailableError` and `SchemaError`.
     """
     tell = progress or _nobody
-    checks = CHECKS | seals.CHECKS
+    checks = CHECKS | usage.CHECKS | seals.CHECKS
     findings: list[Finding] = []
     with mapped():
         async with connection.transaction(isolation="repeatable_read", readonly=True):

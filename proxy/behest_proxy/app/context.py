@@ -13,7 +13,17 @@ from behest_ledger.request_id import request_id
 _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}.*")
 """W3C Trace Context, section 3.2; a later version may have more behind."""
 
-EXPOSED_HEADERS = b"x-trace-id, x-request-id, retry-after, x-ratelimit-*, x-behest-*"
+EXPOSED_HEADERS = ", ".join(
+    (
+        "x-trace-id",
+        "x-request-id",
+        "retry-after",
+        "x-should-retry",
+        *(f"x-ratelimit-{what}-{unit}" for unit in ("requests", "tokens") for what in ("limit", "remaining", "reset")),
+    )
+).encode()
+"""What a browser lets scripts of other origins read of an answer. One by one: a `*` inside a name means nothing to it
+(Fetch Standard, "Access-Control-Expose-Headers"), and one alone means nothing where credentials are sent."""
 
 
 class RequestContext:

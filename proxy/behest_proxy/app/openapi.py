@@ -12,7 +12,7 @@ import msgspec
 from behest_ledger.focus.columns import VERSIONS
 from behest_ledger.focus.csv_file import CsvFile
 from behest_ledger.focus.parquet_file import ParquetFile
-from behest_ledger.store.usage import Granularity
+from behest_ledger.store.usage import SESSIONS_MAX, Granularity
 from behest_proxy.app.billing import FORMATS
 from behest_proxy.identity.caller import ROLES
 from behest_proxy.identity.mint import TTL_DEFAULT_S, TTL_MAX_S, TTL_MIN_S, MintAnswer
@@ -112,7 +112,9 @@ SCHEMAS: dict[str, Schema] = {
         {
             **_COSTS,
             "by_model": _list(_object({"model": _TEXT, **_COSTS})),
-            "by_session": _list(_object({"session_id": _TEXT, **_COSTS})),
+            "by_session": _list(_object({"session_id": _TEXT, **_COSTS}))
+            | {"maxItems": SESSIONS_MAX, "description": "those that cost most"},
+            "sessions": {**_COUNT, "description": "how many there are"},
         }
     ),
     "BillingUsage": _object(
@@ -236,7 +238,7 @@ def _paths() -> dict[str, Any]:
         "/v1/billing/usage": {
             "get": _operation(
                 "billingUsage",
-                "What was used, by model, session and whose key paid",
+                f"What was used, by model, session (the {SESSIONS_MAX} that cost most) and whose key paid",
                 _ref("BillingUsage"),
                 errors="400",
                 parameters=(_FROM, _TO),

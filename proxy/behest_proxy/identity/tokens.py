@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import jwt
 import msgspec
@@ -21,7 +21,7 @@ from behest_proxy.identity.caller import (
     least_role,
 )
 from behest_proxy.identity.external import Trust, Trusts, external_caller
-from behest_proxy.identity.keys import KeySet, VerificationKey, is_kid
+from behest_proxy.identity.keys import Algorithm, KeySet, VerificationKey, is_kid
 from behest_proxy.identity.reserved import is_reserved_user_id
 from behest_proxy.identity.strict_json import json_object
 
@@ -35,6 +35,9 @@ TOKEN_BYTES_MAX = 8 * 1024
 SCOPES_MAX = 64
 TIME_MAX_S = 253_402_300_799
 """The end of the year 9999: no later time is meant."""
+
+_ALGORITHMS = {name: jwt.get_algorithm_by_name(name) for name in get_args(Algorithm)}
+"""Looked up once: PyJWT makes all that it knows anew for each look."""
 
 _API_KEY_MESSAGE = "An API key is not a bearer token here: exchange it for one at POST /v1/auth/mint."
 _PARTS = re.compile(r"([A-Za-z0-9_-]+)\.([A-Za-z0-9_-]+)\.([A-Za-z0-9_-]+)")
@@ -199,8 +202,7 @@ class TokenVerifier:
         key = self._key_of(header, claims.get("tid"), trust)
         # PyJWT's algorithm objects take the key as it is: neither the header's alg nor anything else in the
         # token has a say in how it is verified.
-        algorithm = jwt.get_algorithm_by_name(key.algorithm)
-        if not algorithm.verify(data[: match.end(2)], key.public_key, _decoded(match[3], "signature")):
+        if not _ALGORITHMS[key.algorithm].verify(data[: match.end(2)], key.public_key, _decoded(match[3], "signature")):
             raise InvalidToken("The token's signature is wrong.")
         return self._verified(claims, key) if trust is None else _verified_external(trust, claims, key)
 
