@@ -331,9 +331,8 @@ def test_a_question_reads_indexes_and_of_the_requests_next_to_none(database: str
                     assert read["sums"][1] > 0, (name, user, read)
                     plans = "\n".join(log)
                     assert not re.search("Seq Scan on (request|usage_sum)", plans), plans
-                    assert "Scan using usage_sum_default_pkey" in plans, plans
-                    index = "user_id" if user else "project_id_ended_at"
-                    assert f"request_default_tenant_id_project_id_{index}"[:40] in plans, plans
+                    assert re.search("Index Scan (using|on) usage_sum_default_pkey", plans), plans
+                    assert re.search("Index Scan (using|on) request_default_tenant_id_proj", plans), plans
         finally:
             await connection.close()
 

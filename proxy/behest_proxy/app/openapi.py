@@ -132,7 +132,7 @@ def _query(name: str, schema: Schema, text: str) -> Schema:
     return {"name": name, "in": "query", "required": False, "schema": schema, "description": text}
 
 
-_FROM = _query("from", _TIME_PARAMETER, "the begin, included (default: 30 days before `to`)")
+_FROM = _query("from", _TIME_PARAMETER, "the begin, included (default: 30 days before `to`, by the minute 7 days)")
 _TO = _query("to", _TIME_PARAMETER, "the end, not included (default: now)")
 _THREAD = {"name": "thread_id", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
 _SESSION = {

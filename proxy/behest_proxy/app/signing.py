@@ -6,7 +6,7 @@ stolen sidecar signs is believed for its own tenants and nowhere else.
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from behest_ledger.store import identity
 from behest_ledger.store.pool import Connection
@@ -23,35 +23,30 @@ class SigningKeys:
         self._everybodys: SigningKey | None = SigningKey.load(pem)
         self._of_tenants: dict[str, SigningKey] = {}
 
-    def replace(self, pem: bytes) -> None:
-        """Sign with another private key once it is registered. Raises `UnusableKeyError`."""
-        SigningKey.load(pem)
-        self._pem = pem
-
     async def register(self, pool: Connection) -> None:
         """Make the public halves known to everybody who verifies, for as many tenants as our role may act for.
 
         Raises `LedgerError`.
         """
         self.bind(await session_tenants(pool))
-        for key in self._all():
-            await identity.put_signing_key(
-                pool,
-                kid=key.kid,
-                tenant_id=key.tenant_id,
-                kind="own",
-                algorithm=key.algorithm,
-                public_pem=key.public_pem(),
-            )
+        await _register(pool, self._all())
+
+    async def announce(self, pool: Connection, pem: bytes) -> None:
+        """The same for another private key, with which `replace` signs once everybody has heard of it.
+
+        Raises `LedgerError` and `UnusableKeyError`.
+        """
+        everybodys, of_tenants = _keys(pem, await session_tenants(pool))
+        await _register(pool, [everybodys] if everybodys else [*of_tenants.values()])
+
+    def replace(self, pem: bytes) -> None:
+        """Sign with another private key from now on. Raises `UnusableKeyError`."""
+        self._everybodys, self._of_tenants = _keys(pem, None if self._everybodys else [*self._of_tenants])
+        self._pem = pem
 
     def bind(self, tenants: Sequence[str] | None) -> None:
         """Sign for these tenants only; None: for all."""
-        key = SigningKey.load(self._pem)
-        self._everybodys = key if tenants is None else None
-        self._of_tenants = {
-            tenant: SigningKey.load(self._pem, kid=f"{key.kid}.{_short_hash(tenant)}", tenant_id=tenant)
-            for tenant in tenants or ()
-        }
+        self._everybodys, self._of_tenants = _keys(self._pem, tenants)
 
     def of(self, tenant_id: str) -> SigningKey | None:
         """The key that signs in this tenant's name; None: we may not."""
@@ -63,6 +58,28 @@ class SigningKeys:
 
     def _all(self) -> list[SigningKey]:
         return [*self._of_tenants.values()] if self._everybodys is None else [self._everybodys]
+
+
+def _keys(pem: bytes, tenants: Sequence[str] | None) -> tuple[SigningKey | None, dict[str, SigningKey]]:
+    """One for everybody, or one for each tenant. Raises `UnusableKeyError`."""
+    key = SigningKey.load(pem)
+    if tenants is None:
+        return key, {}
+    return None, {
+        tenant: SigningKey.load(pem, kid=f"{key.kid}.{_short_hash(tenant)}", tenant_id=tenant) for tenant in tenants
+    }
+
+
+async def _register(pool: Connection, keys: Iterable[SigningKey]) -> None:
+    for key in keys:
+        await identity.put_signing_key(
+            pool,
+            kid=key.kid,
+            tenant_id=key.tenant_id,
+            kind="own",
+            algorithm=key.algorithm,
+            public_pem=key.public_pem(),
+        )
 
 
 def _short_hash(tenant_id: str) -> str:

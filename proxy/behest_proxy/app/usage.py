@@ -26,6 +26,8 @@ from behest_proxy.errors import Forbidden, InvalidRequest, LedgerUnavailable
 from behest_proxy.identity.caller import Caller, is_clean_text
 
 WINDOW_DEFAULT = timedelta(days=30)
+WINDOW_BY_MINUTE = timedelta(days=7)
+"""Before `to`, where no `from` is asked for."""
 BINS_MAX = 12_000
 """Pieces of time in one answer at most: eight days by the minute, sixteen months by the hour."""
 _BINS_AT_ONCE = 500
@@ -47,7 +49,7 @@ class Usage:
         caller, project = self._asked_by(request)
         zone = _zone(request)
         granularity = _granularity(request)
-        begin, end = _between(request, zone)
+        begin, end = _between(request, zone, WINDOW_BY_MINUTE if granularity == "minute" else WINDOW_DEFAULT)
         if (end - begin) / _LENGTH[granularity] > BINS_MAX:
             raise InvalidRequest(
                 f"granularity: that would be more than {BINS_MAX} times a {granularity}: ask for less",
@@ -81,7 +83,7 @@ class Usage:
     async def billing_usage(self, request: Request) -> Response:
         """`GET /v1/billing/usage?from&to`: totals by model and session; a user sees only their own."""
         caller, project = self._asked_by(request)
-        begin, end = _between(request, ZoneInfo("UTC"))
+        begin, end = _between(request, ZoneInfo("UTC"), WINDOW_DEFAULT)
         try:
             async with asking(self._gateway.pool) as connection:
                 totals = await usage_totals(
@@ -173,9 +175,9 @@ def _zone(request: Request) -> ZoneInfo:
     return ZoneInfo(asked)
 
 
-def _between(request: Request, zone: ZoneInfo) -> tuple[datetime, datetime]:
+def _between(request: Request, zone: ZoneInfo, window: timedelta) -> tuple[datetime, datetime]:
     end = moment_param(request, "to", zone) or datetime.now(UTC)
-    begin = moment_param(request, "from", zone) or end - WINDOW_DEFAULT
+    begin = moment_param(request, "from", zone) or end - window
     if begin > end:
         raise InvalidRequest("from: must not be after to", param="from")
     return begin, end
