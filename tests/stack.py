@@ -134,13 +134,14 @@ class Stack:
         self.sidecar = self._start_sidecar()
 
     @contextmanager
-    def another_sidecar(self) -> Generator[str]:
-        """One more sidecar on the same ledger: its base URL, while the block runs."""
+    def another_sidecar(self, **settings: str) -> Generator[str]:
+        """One more sidecar on the same ledger, with settings of its own: its base URL, while the block runs."""
         port, admin_port = free_port(0), free_port(0)
         environment = {
             **self._environment,
             "BEHEST_BIND": f"127.0.0.1:{port}",
             "BEHEST_ADMIN_BIND": f"127.0.0.1:{admin_port}",
+            **settings,
         }
         assert "BEHEST_JOURNAL_DIR" not in environment, "two sidecars do not share a journal"
         with process([*_BEHEST, "proxy"], environment=environment, log=self.log.with_name("another.log")):

@@ -31,7 +31,8 @@ class MountedFiles:
 
     async def _take_signing_key(self, pem: bytes, pool: Connection, signing_keys: SigningKeys) -> None:
         """Publish its public half, and sign with it once every sidecar must have read that: else one would refuse what
-        another has just minted."""
+        another has just minted.
+        """
         now_s = asyncio.get_running_loop().time()
         if pem != self._announced_pem:
             await signing_keys.announce(pool, pem)

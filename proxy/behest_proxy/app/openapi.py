@@ -132,7 +132,8 @@ def _query(name: str, schema: Schema, text: str) -> Schema:
     return {"name": name, "in": "query", "required": False, "schema": schema, "description": text}
 
 
-_FROM = _query("from", _TIME_PARAMETER, "the begin, included (default: 30 days before `to`, by the minute 7 days)")
+_FROM = _query("from", _TIME_PARAMETER, "the begin, included (default: 30 days before `to`)")
+_FROM_BY_TIME = _query("from", _TIME_PARAMETER, "the begin, included (default: 30 days before `to`, by the minute 7)")
 _TO = _query("to", _TIME_PARAMETER, "the end, not included (default: now)")
 _THREAD = {"name": "thread_id", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
 _SESSION = {
@@ -209,7 +210,7 @@ def _paths() -> dict[str, Any]:
     none = "There are no threads yet"
     thread: dict[str, Any] = {"errors": "404", "parameters": (_THREAD,)}
     usage = (
-        _FROM,
+        _FROM_BY_TIME,
         _TO,
         _query("user_id", _TEXT, "another user's: for the roles admin and dashboard-service"),
         _query("granularity", granularity, "the pieces of the breakdown"),
