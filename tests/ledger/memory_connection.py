@@ -7,11 +7,14 @@ from uuid import UUID
 
 import msgspec
 
+from behest_ledger.store import holds
 from ledger.memory_holders import MemoryLedger
 
 Row = dict[str, Any] | tuple[Any, ...]
 
 _NAME = re.compile(r"ledger\.(\w+)\(")
+_OTHER = {holds.ANY_SUSPENDED: "any_suspended", holds.SUSPENDED_REQUESTS: "suspended_requests"}
+"""Statements that are no call of a function; what is left asks for the configuration's version."""
 
 
 class Statements:
@@ -26,7 +29,7 @@ class Statements:
         call = self._known.get(query)
         if call is None:
             match = _NAME.search(query)
-            name = match[1] if match else "suspended_windows" if "b.suspended" in query else "version"
+            name = match[1] if match else _OTHER.get(query, "version")
             call = self._known[query] = getattr(self, f"_{name}")
         return call(*arguments)
 
@@ -70,12 +73,15 @@ class Statements:
         self.ledger.put_budget_v1(msgspec.json.decode(row))
         return []
 
-    def _suspended_windows(self, windows: Sequence[int]) -> list[Row]:
+    def _any_suspended(self) -> list[Row]:
+        return [(any(budget["suspended"] for budget in self.ledger.budgets.values()),)]
+
+    def _suspended_requests(self, items: str) -> list[Row]:
         found: list[Row] = []
-        for window_id in windows:
-            window = self.ledger.windows[window_id]
-            if self.ledger.budgets[window.tenant_id, window.budget_id]["suspended"]:
-                found.append({"window_id": window_id, "budget_id": window.budget_id})
+        for item in msgspec.json.decode(items):
+            budgets = self.ledger.matching(item["tenant_id"], item["attributes"])
+            if names := [budget["budget_id"] for budget in budgets if budget["suspended"]]:
+                found.append({"request_id": UUID(item["request_id"]), "budget_id": min(names)})
         return found
 
     def _version(self) -> list[Row]:

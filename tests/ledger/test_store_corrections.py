@@ -127,6 +127,32 @@ def test_beyond_the_room_is_overrun_and_less_reduces_the_overrun_first(dsn: str)
     keep_books(dsn, work)
 
 
+def test_nothing_is_an_overrun_that_money_in_leases_could_pay(dsn: str) -> None:
+    async def work(books: Books) -> None:
+        await books.budget("money", 1000)
+        await books.budget("soft", 1000, enforcement="soft")
+        one = await settled(books)
+        sidecar = await Sidecar.start(books)
+        wanted = {window.window_id: 200 for window in await books.windows()}
+        assert set((await sidecar.lease(wanted)).values()) == {200}
+        await apply(books, correction(one, output=79))  # 796: what is left beside the lease still pays it
+        assert await free_in_leases(books) == [200, 200]
+        (done,) = await apply(books, correction(one, "second", output=90))
+        assert not done.overrun
+        assert await spent(books) == {"money": (906, 0), "soft": (906, 0)}
+        assert await free_in_leases(books) == [0, 200], "a soft window lacks nothing, so its leases stay"
+        (done,) = await apply(books, correction(one, "third", output=100))
+        assert done.overrun
+        assert (await spent(books))["money"] == (1000, 6)
+
+    keep_books(dsn, work)
+
+
+async def free_in_leases(books: Books) -> list[int]:
+    rows = await books.connection.fetch("SELECT free::bigint AS free FROM ledger.lease ORDER BY window_id")
+    return [row["free"] for row in rows]
+
+
 def test_a_closed_window_pays_and_is_paid_and_never_the_current_one(dsn: str) -> None:
     async def work(books: Books) -> None:
         await books.budget("day", 40, period="day")

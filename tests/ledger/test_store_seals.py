@@ -28,6 +28,7 @@ from behest_ledger.store.seals import (
     Sealer,
     check_noted,
     check_rows,
+    held_up,
     newest,
     parse_noted,
     slices,
@@ -321,6 +322,58 @@ def test_the_keeper_seals_at_intervals(dsn: str) -> None:
         await settled(books)
         assert (await seldom.run_once()).seals == 0
         await seldom.aclose()
+
+    keep_books(dsn, work)
+
+
+def test_a_transaction_that_stays_open_holds_seals_up_and_is_told_of_once_in_a_while(
+    dsn: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def work(books: Books) -> None:
+        patient, keeper = Keeper(dsn, seal_interval_s=0), Keeper(dsn, seal_interval_s=0, seal_stall_s=0.001)
+        forgetful = await connect(dsn, application_name="forgetful")
+        try:
+            async with forgetful.transaction():
+                number = await forgetful.fetchval("SELECT txid_current()")
+                await settled(books)
+                await patient.run_once()
+                await patient.aclose()
+                assert caplog.messages == []
+                report = await keeper.run_once()
+                assert (report.seals, await sealed_rows(books)) == (0, 0)
+            (told,) = caplog.messages
+            assert f"transaction {number} of process {forgetful.get_server_pid()} (forgetful) in database" in told
+            assert ", idle in transaction, " in told
+        finally:
+            await forgetful.close()
+            await keeper.aclose()
+
+    keep_books(dsn, work)
+
+
+def test_who_holds_seals_up_is_shown_only_to_who_may_see_it(dsn: str) -> None:
+    async def work(books: Books) -> None:
+        forgetful, stranger = await connect(dsn), await connect(dsn)
+        try:
+            async with forgetful.transaction(), stranger.transaction():
+                await forgetful.execute("SELECT txid_current()")
+                await settled(books)
+                await stranger.execute("SET LOCAL ROLE pg_monitor")
+                seen = await held_up(stranger)
+                await stranger.execute("SET LOCAL ROLE pg_database_owner")
+                unseen = await held_up(stranger)
+                assert seen is not None
+                assert unseen is not None
+                assert seen.age_s is not None
+                assert f"process {forgetful.get_server_pid()}" in seen.whose
+                assert (unseen.transaction, unseen.age_s) == (seen.transaction, None)
+                assert unseen.whose == "a session that this role may not see"
+            # Another test's transaction may run on this server; this one does not any more.
+            left = await held_up(books.connection)
+            assert left is None or left.transaction > seen.transaction
+        finally:
+            await forgetful.close()
+            await stranger.close()
 
     keep_books(dsn, work)
 

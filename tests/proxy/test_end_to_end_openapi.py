@@ -5,7 +5,6 @@ from typing import Any
 
 import httpx
 import pytest
-import schemathesis
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from behest_proxy.app.openapi import openapi_document, reference_page
@@ -13,13 +12,20 @@ from stack import Project, Stack
 
 OPERATIONS = [(path, method) for path, operations in openapi_document()["paths"].items() for method in operations]
 EXAMPLES = 12
-TOOL: Any = schemathesis  # its modules are put together when it is imported: no type checker sees them
 EVERY_HEALTH_CHECK: Any = list(HealthCheck)
 
 
 @pytest.fixture(scope="module")
 def project(stack: Stack) -> Project:
     return stack.project()
+
+
+@pytest.fixture(scope="module")
+def tool() -> Any:
+    """Its modules are put together when it is imported, which takes a second: for those alone who use it."""
+    import schemathesis
+
+    return schemathesis
 
 
 def test_the_description_is_served_to_everybody_and_the_page_is_made_of_it(stack: Stack, repository: Path) -> None:
@@ -30,8 +36,8 @@ def test_the_description_is_served_to_everybody_and_the_page_is_made_of_it(stack
 
 
 @pytest.mark.parametrize(("path", "method"), OPERATIONS, ids=[f"{method} {path}" for path, method in OPERATIONS])
-def test_every_answer_is_as_described(project: Project, path: str, method: str) -> None:
-    schema: Any = TOOL.openapi.from_dict(openapi_document())
+def test_every_answer_is_as_described(project: Project, tool: Any, path: str, method: str) -> None:
+    schema: Any = tool.openapi.from_dict(openapi_document())
     operation = schema[path][method.upper()]
     credential = project.api_key if path.endswith("/mint") else project.mint(role="admin", session=None)
 
@@ -51,10 +57,10 @@ def test_every_answer_is_as_described(project: Project, path: str, method: str) 
         case.validate_response(
             response,
             checks=[
-                TOOL.checks.not_a_server_error,
-                TOOL.specs.openapi.checks.status_code_conformance,
-                TOOL.specs.openapi.checks.content_type_conformance,
-                TOOL.specs.openapi.checks.response_schema_conformance,
+                tool.checks.not_a_server_error,
+                tool.specs.openapi.checks.status_code_conformance,
+                tool.specs.openapi.checks.content_type_conformance,
+                tool.specs.openapi.checks.response_schema_conformance,
             ],
         )
 

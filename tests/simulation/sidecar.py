@@ -164,11 +164,11 @@ class SimulatedGateway(Gateway):
 
     async def _load(self) -> None:
         version = self.database.version
-        suspended = await holds.suspended_windows(self.pool, {w for c in self.live for w in c.windows})
+        suspended = await holds.suspended_requests(self.pool, [conduct.admission for conduct in self.live])
         self.configuration.version = version
         self._heard()
         for conduct in list(self.live):
-            self._stop_suspended(conduct, next((suspended[w] for w in conduct.windows if w in suspended), None))
+            self._stop_suspended(conduct, suspended.get(conduct.admission.request_id))
         self.desk.limits_changed()
 
     def serve(self, asked: Asked) -> None:

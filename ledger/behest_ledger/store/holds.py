@@ -128,22 +128,7 @@ def answer_from_json(text: str) -> Answer:
     return msgspec.json.decode(text, type=Refused, strict=False)
 
 
-async def suspended_windows(connection: Connection, windows: Collection[int]) -> dict[int, str]:
-    """Of these windows those whose budget is suspended, with the budget's name.
-
-    Raises `LedgerUnavailableError`.
-    """
-    with mapped():
-        rows = await connection.fetch(
-            "SELECT w.window_id, w.budget_id"
-            " FROM ledger.budget_window w JOIN ledger.budget b USING (tenant_id, budget_id)"
-            " WHERE w.window_id = ANY ($1) AND b.suspended",
-            list(windows),
-        )
-    return {row["window_id"]: row["budget_id"] for row in rows}
-
-
-_SUSPENDED_REQUESTS = """
+SUSPENDED_REQUESTS = """
 SELECT i.request_id, min(b.budget_id) AS budget_id
 FROM jsonb_to_recordset($1::text::jsonb) AS i(request_id uuid, tenant_id text, attributes jsonb)
 JOIN ledger.budget b ON b.tenant_id = i.tenant_id AND b.suspended AND b.deleted_at IS NULL
@@ -152,7 +137,7 @@ JOIN ledger.budget b ON b.tenant_id = i.tenant_id AND b.suspended AND b.deleted_
     AND (b.workload_labels IS NULL OR i.attributes -> 'labels' @> b.workload_labels)
 GROUP BY i.request_id
 """
-_ANY_SUSPENDED = "SELECT EXISTS (SELECT FROM ledger.budget b WHERE b.suspended AND b.deleted_at IS NULL)"
+ANY_SUSPENDED = "SELECT EXISTS (SELECT FROM ledger.budget b WHERE b.suspended AND b.deleted_at IS NULL)"
 
 
 async def suspended_requests(connection: Connection, admissions: Collection[Admission]) -> dict[UUID, str]:
@@ -163,11 +148,11 @@ async def suspended_requests(connection: Connection, admissions: Collection[Admi
     if not admissions:
         return {}
     with mapped():
-        if not await connection.fetchval(_ANY_SUSPENDED):
+        if not await connection.fetchval(ANY_SUSPENDED):
             return {}
         items = [
             {"request_id": str(item.request_id), "tenant_id": item.tenant_id, "attributes": item.attributes}
             for item in admissions
         ]
-        rows = await connection.fetch(_SUSPENDED_REQUESTS, msgspec.json.encode(items).decode())
+        rows = await connection.fetch(SUSPENDED_REQUESTS, msgspec.json.encode(items).decode())
     return {row["request_id"]: row["budget_id"] for row in rows}

@@ -15,6 +15,7 @@ provider's invoice) is a correction of that charge: `store/corrections.py`.
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -29,7 +30,7 @@ from behest_ledger.store.errors import LedgerConflictError, LedgerError, LedgerR
 from behest_ledger.store.migrate import PARTITIONS_AHEAD_MONTHS, check_schema
 from behest_ledger.store.pool import Connection, connect
 from behest_ledger.store.retention import MONTH_TIMEOUT_S, RETENTION_MONTHS, put_old_months_away
-from behest_ledger.store.seals import Sealed, Sealer
+from behest_ledger.store.seals import HeldUp, Sealed, Sealer, held_up
 from behest_ledger.store.usage import Added, add_up
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,8 @@ HOUSEKEEPING_S = 3600.0
 HOLDERS_KEPT = timedelta(days=7)
 SEAL_INTERVAL_S = 60.0
 """Each time, every tenant that wrote something gets a seal: seconds would make millions of them."""
+SEAL_STALL_S = 600.0
+"""A transaction that runs for so long is told of, and again after as long: behind it nothing is sealed."""
 ROUND_TIMEOUT_S = 60.0
 RETRY_FIRST_S = 0.5
 RETRY_MAX_S = 15.0
@@ -112,6 +115,7 @@ class Keeper:
         grace_s: float = GRACE_S,
         policy: Policy = "checkpoint",
         seal_interval_s: float = SEAL_INTERVAL_S,
+        seal_stall_s: float = SEAL_STALL_S,
         retention_months: int = RETENTION_MONTHS,
         drop_months: bool = False,
     ) -> None:
@@ -123,6 +127,10 @@ class Keeper:
         self._sealer = Sealer()
         self._seal_due_s = 0.0
         self._more_to_add = True
+        self._seal_stall_s = seal_stall_s
+        self._held_up: HeldUp | None = None
+        self._held_up_since_s = 0.0
+        self._stall_told_s = -math.inf
         self._retention_months = retention_months
         self._drop_months = drop_months
         self._retention_due_s = 0.0
@@ -325,6 +333,7 @@ class Keeper:
             return Sealed(0, 0, more=False)
         if not sealed.more:
             self._seal_due_s = loop.time() + self._seal_interval_s
+            self._tell_stall(await held_up(connection), loop.time())
         return sealed
 
     async def _add_up(self, connection: Connection, sealed: Sealed) -> Added:
@@ -338,6 +347,19 @@ class Keeper:
             return Added(0, more=False)
         self._more_to_add = added.more
         return added
+
+    def _tell_stall(self, oldest: HeldUp | None, now_s: float) -> None:
+        """Sealing that waits says nothing by itself: a session that forgot its transaction would stop it for days."""
+        if oldest is None or self._held_up is None or oldest.transaction != self._held_up.transaction:
+            self._held_up_since_s = now_s
+        self._held_up = oldest
+        if oldest is None:
+            return
+        # Whose age this role may not see is as old as this keeper has known it.
+        age_s = oldest.age_s if oldest.age_s is not None else now_s - self._held_up_since_s
+        if age_s >= self._seal_stall_s and now_s - self._stall_told_s >= self._seal_stall_s:
+            self._stall_told_s = now_s
+            logger.warning("nothing newer can be sealed: %s, %d s old; end it (pg_terminate_backend)", oldest, age_s)
 
     async def _put_months_away(self) -> int:
         loop = asyncio.get_running_loop()

@@ -79,6 +79,38 @@ class Sealer:
         return Sealed(seals, rows, more)
 
 
+class HeldUp(msgspec.Struct, frozen=True, kw_only=True):
+    """The oldest transaction that still runs: nothing that was written since it began can be sealed."""
+
+    transaction: int
+    age_s: float | None
+    """None where this role may not see whose it is (`pg_read_all_stats`)."""
+    whose: str
+
+    def __str__(self) -> str:
+        return f"transaction {self.transaction} of {self.whose}"
+
+
+_HELD_UP = """
+SELECT o.xid, coalesce(
+           'the prepared transaction ' || quote_literal(p.gid) || ' in database ' || p.database,
+           'process ' || a.pid || coalesce(' (' || nullif(a.application_name, '') || ')', '')
+               || ' in database ' || a.datname || ', ' || a.state,
+           'a session that this role may not see') AS whose,
+       extract(epoch FROM clock_timestamp() - coalesce(p.prepared, a.xact_start))::float AS age_s
+FROM (SELECT txid_snapshot_xmin(s) AS xid, txid_snapshot_xmax(s) AS next FROM txid_current_snapshot() AS s) AS o
+LEFT JOIN pg_stat_activity a ON a.backend_xid = (o.xid & 4294967295)::text::xid
+LEFT JOIN pg_prepared_xacts p ON p.transaction = (o.xid & 4294967295)::text::xid
+WHERE o.xid < o.next
+"""
+
+
+async def held_up(connection: Connection) -> HeldUp | None:
+    """What sealing waits for now, in whichever database of the server it is; None where it waits for nothing."""
+    row = await connection.fetchrow(_HELD_UP)
+    return HeldUp(transaction=row["xid"], age_s=row["age_s"], whose=row["whose"]) if row is not None else None
+
+
 _NOTED_LINE = re.compile(r"seal (\d{1,18}) ([0-9a-f]{64}) (.+)")
 
 
