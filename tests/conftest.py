@@ -16,6 +16,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import httpx
 import pytest
+from hypothesis import settings
 
 from behest_ledger.store.migrate import migrate
 from behest_ledger.store.pool import connect
@@ -23,6 +24,10 @@ from behest_proxy.cli.binaries import Binaries, side_by_side
 from behest_proxy.cli.folder import DataFolder
 from behest_proxy.cli.postgres import launch
 from stack import Stack, running_stack
+
+# An example's time says how busy the machine is, and nothing of the code.
+settings.register_profile("behest", deadline=None)
+settings.load_profile("behest")
 
 _TEMPLATE = "behest_template"
 _numbers = count(1)
