@@ -40,7 +40,7 @@ async def read_body(receive: Any, headers: Sequence[tuple[bytes, bytes]], *, byt
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientLeftError
-        part = message.get("body", b"")
+        part: bytes = message.get("body", b"")
         last = not message.get("more_body", False)
         if len(body) + len(part) > bytes_max:
             raise _too_large(bytes_max)
