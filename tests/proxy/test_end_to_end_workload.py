@@ -258,3 +258,9 @@ def test_drain_makes_the_sidecar_unready_and_returns_when_nothing_runs(pod: Pod)
     )
     assert done.returncode == 0
     assert httpx.get(pod.stack.admin_url + "/readyz").status_code == 503
+
+
+def test_beside_an_application_there_is_no_page_that_shows_it_what_others_spend(pod: Pod) -> None:
+    for path in ("/", "/page/now.json", "/page/sessions.json?q=s"):
+        assert httpx.get(pod.stack.admin_url + path).status_code == 404
+    assert httpx.get(pod.stack.admin_url + "/healthz").status_code == 200
