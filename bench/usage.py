@@ -108,6 +108,7 @@ async def _ask(connection: Connection, end: datetime, say: Callable[[str], None]
         say(f"usage: {name}")
         await ask()
         times_s: list[float] = []
+        before = snapshot([connection.get_server_pid()])
         for _ in range(ASKED):
             started_s = time.perf_counter()
             await ask()
@@ -116,6 +117,6 @@ async def _ask(connection: Connection, end: datetime, say: Callable[[str], None]
         met = "met" if spread.ms(1.0) <= TARGET_MS else "NOT met"
         lines.append(
             f"usage: {name}: p50 {spread.ms(0.5):.0f} ms, max {spread.ms(1.0):.0f} ms of {ASKED}"
-            f" (target <= {TARGET_MS:.0f} ms: {met})"
+            f" (target <= {TARGET_MS:.0f} ms: {met}); {used_since_s(before) / ASKED * 1e3:.0f} ms of PostgreSQL's CPU"
         )
     return lines

@@ -43,6 +43,8 @@ BATCH_HOLDS_MAX = 200
 """Holds moved in one commit: their windows are locked for so long."""
 BATCHES_MAX = 20
 """Batches of one kind in one round."""
+ADDED_BATCHES_MAX = 5
+"""Batches that are added to the sums of usage in one round: each may take a second or two."""
 HOUSEKEEPING_S = 3600.0
 """Partitions and old holders are looked at this often."""
 HOLDERS_KEPT = timedelta(days=7)
@@ -341,7 +343,7 @@ class Keeper:
         if not self._more_to_add:
             return Added(0, more=False)
         try:
-            added = await add_up(connection, calls_max=BATCHES_MAX)
+            added = await add_up(connection, calls_max=ADDED_BATCHES_MAX)
         except (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError):
             # Somebody else seals or adds.
             return Added(0, more=False)
