@@ -52,13 +52,14 @@ describe("useBehestChat", () => {
     const end = event('{"error":{"code":"quota_exceeded","message":"m","status":402},"choices":[]}') + DONE;
     const { behest, gateway } = client(stream([event(chunk("so far")), end]), stream([event(chunk("whole", "stop")), DONE]));
     const { result } = chat(behest);
-    act(() => result.current.send("Hi"));
+    act(() => result.current.send("Hi", { seed: 7 }));
     await waitFor(() => expect(result.current.error).toMatchObject({ status: 402 }));
     expect([result.current.messages[1]?.content, result.current.messages[1]?.state]).toEqual(["so far", "failed"]);
     act(() => result.current.retry());
     await waitFor(() => expect(result.current.messages[1]?.state).toBe("done"));
     expect(result.current.error).toBeUndefined();
     expect(gateway.seen[1]?.body).toEqual(gateway.seen[0]?.body);
+    expect(gateway.seen[0]?.body["seed"]).toBe(7);
   });
 
   it("says that it reconnects", async () => {

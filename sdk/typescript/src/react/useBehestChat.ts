@@ -45,7 +45,8 @@ export interface BehestChat {
   error: BehestError | Error | undefined;
   /** Of a reconnect: which try it is. */
   attempt: number;
-  send: (content: string) => void;
+  /** Ask; `params` are further members of this request, and of its repetitions. */
+  send: (content: string, params?: Readonly<Record<string, unknown>>) => void;
   stop: () => void;
   /** Ask again what failed or was stopped: on the gateway the broken answer goes on. */
   retry: () => void;
@@ -69,6 +70,7 @@ export function useBehestChat(options: UseBehestChatOptions): BehestChat {
   latest.current = options;
   const current = useRef(state);
   const running = useRef<AbortController | undefined>(undefined);
+  const asked = useRef<Readonly<Record<string, unknown>> | undefined>(undefined);
 
   // Callbacks come between renders: the truth is here, and React is told of it.
   const update = useCallback((change: (before: State) => State): void => {
@@ -112,7 +114,7 @@ export function useBehestChat(options: UseBehestChatOptions): BehestChat {
       let error: Error | undefined;
       try {
         const { client, model, params, attempts = 4, system } = latest.current;
-        const request = { ...params, ...(model ? { model } : {}), messages: requestMessages(history, system) };
+        const request = { ...params, ...asked.current, ...(model ? { model } : {}), messages: requestMessages(history, system) };
         const stream = streamWithRetry(client, request, {
           threadId: latest.current.threadId,
           signal: abort.signal,
@@ -139,8 +141,9 @@ export function useBehestChat(options: UseBehestChatOptions): BehestChat {
   );
 
   const send = useCallback(
-    (content: string): void => {
+    (content: string, params?: Readonly<Record<string, unknown>>): void => {
       if (content.trim() === "" || current.current.status !== "idle") return;
+      asked.current = params;
       const question: UiMessage = { id: newId(), role: "user", content, state: "done" };
       void answer([...current.current.messages, question]);
     },

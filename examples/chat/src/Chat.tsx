@@ -1,0 +1,165 @@
+import { BehestError } from "@behest/client-ts";
+import { useAnnouncement, useBehestChat, type UiMessage } from "@behest/client-ts/react";
+import { useCallback, useEffect, useRef, useState } from "react";
+
+import { Composer } from "./Composer";
+import { SUGGESTIONS } from "./demo";
+import type { Gateway } from "./gateway";
+import { Icon } from "./icons";
+import { Message } from "./Message";
+import { RateToast } from "./RateToast";
+import { UpgradeDialog } from "./UpgradeDialog";
+import { useFollow } from "./useFollow";
+
+interface ChatProps {
+  gateway: Gateway;
+  threadId: string;
+  /** Nothing of it is on the gateway yet. */
+  isNew: boolean;
+  /** What this page knows of it already. */
+  known: readonly UiMessage[] | undefined;
+  onAsk: (threadId: string, question: string) => void;
+  onEnd: (threadId: string, messages: readonly UiMessage[]) => void;
+}
+
+/** A conversation; what was said before is fetched first. */
+export function Chat(props: ChatProps) {
+  const { gateway, threadId, isNew, known } = props;
+  const [before, setBefore] = useState<readonly UiMessage[] | undefined>(known ?? (isNew ? [] : undefined));
+  useEffect(() => {
+    if (before) return undefined;
+    const abort = new AbortController();
+    gateway.client.threads.messages(threadId, { limit: 200 }, { signal: abort.signal }).then(
+      (messages) => setBefore(messages.flatMap((message, index) => shownMessage(message.role, message.content, index))),
+      () => abort.signal.aborted || setBefore([]),
+    );
+    return () => abort.abort();
+  }, [before, gateway, threadId]);
+  if (!before) return <div className="loading" role="status">Loading the chat …</div>;
+  return <Conversation {...props} before={before} />;
+}
+
+function shownMessage(role: string, content: unknown, index: number): UiMessage[] {
+  if ((role !== "user" && role !== "assistant") || typeof content !== "string") return [];
+  return [{ id: `kept-${index}`, role, content, state: "done" }];
+}
+
+function Conversation({ gateway, threadId, before, onAsk, onEnd }: ChatProps & { before: readonly UiMessage[] }) {
+  const chat = useBehestChat({ client: gateway.client, threadId, initialMessages: before });
+  const { messages, status, error, attempt, send, stop, retry, dismissError } = chat;
+  const composer = useRef<HTMLTextAreaElement>(null);
+  const running = status !== "idle";
+  const last = messages.at(-1);
+  const announcement = useAnnouncement(last?.role === "assistant" ? last.content : "", running);
+  const follow = useFollow(messages);
+  const wasRunning = useRef(false);
+
+  const ask = useCallback(
+    (question: string) => {
+      onAsk(threadId, question);
+      follow.toEnd();
+      send(question, gateway.paramsFor(question));
+    },
+    [gateway, onAsk, threadId, follow, send],
+  );
+  useEffect(() => {
+    if (wasRunning.current && !running) onEnd(threadId, messages);
+    wasRunning.current = running;
+  }, [running, messages, onEnd, threadId]);
+  useEffect(() => composer.current?.focus(), []);
+  useEffect(() => {
+    if (!running) return undefined;
+    const escape = (event: KeyboardEvent): void => {
+      if (event.key === "Escape" && !event.defaultPrevented) stop();
+    };
+    addEventListener("keydown", escape);
+    return () => removeEventListener("keydown", escape);
+  }, [running, stop]);
+
+  const statusOf = error instanceof BehestError ? error.status : undefined;
+  const closeError = useCallback(() => {
+    dismissError();
+    composer.current?.focus();
+  }, [dismissError]);
+
+  return (
+    <>
+      <div className="scroller" ref={follow.scroller} data-testid="scroller" tabIndex={-1}>
+        {messages.length === 0 ? (
+          <Welcome onAsk={ask} />
+        ) : (
+          <section className="messages" aria-label="Conversation" data-testid="messages">
+            {messages.map((message, index) => (
+              <Message
+                key={message.id}
+                message={message}
+                waiting={message.state === "streaming" && message.content === ""}
+                error={index === messages.length - 1 && statusOf !== 429 ? error : undefined}
+                onRetry={index === messages.length - 1 && !running ? retry : undefined}
+              />
+            ))}
+          </section>
+        )}
+      </div>
+      <div className="bottom">
+        {!follow.atEnd && messages.length > 0 && (
+          <button className="to-end" onClick={follow.toEnd}>
+            <Icon name="down" /> Latest
+          </button>
+        )}
+        <Connection status={status} attempt={attempt} />
+        <Composer ref={composer} running={running} onSend={ask} onStop={stop} />
+        <p className="small-print">Answers can be wrong. Stop ends the bill as well as the text.</p>
+      </div>
+      <div className="hidden" aria-live="polite" data-testid="announcement">
+        {announcement}
+      </div>
+      {statusOf === 402 && <UpgradeDialog error={error as BehestError} onClose={closeError} />}
+      {statusOf === 429 && <RateToast error={error as BehestError} onRetry={retry} onClose={closeError} />}
+    </>
+  );
+}
+
+function Welcome({ onAsk }: { onAsk: (question: string) => void }) {
+  return (
+    <div className="welcome" data-testid="welcome">
+      <img src="/mark.svg" alt="" width="56" height="56" />
+      <h2>What can I help with?</h2>
+      <p>Ask anything, or begin with one of these.</p>
+      <ul className="suggestions">
+        {SUGGESTIONS.map(({ title, question }) => (
+          <li key={title}>
+            <button onClick={() => onAsk(question)}>
+              <strong>{title}</strong>
+              <span>{question}</span>
+            </button>
+          </li>
+        ))}
+      </ul>
+    </div>
+  );
+}
+
+/** Says that the network is away: at once where the browser knows, else while the client tries again. */
+function Connection({ status, attempt }: { status: string; attempt: number }) {
+  const [online, setOnline] = useState(navigator.onLine);
+  useEffect(() => {
+    const look = (): void => setOnline(navigator.onLine);
+    addEventListener("online", look);
+    addEventListener("offline", look);
+    return () => {
+      removeEventListener("online", look);
+      removeEventListener("offline", look);
+    };
+  }, []);
+  const text = status === "reconnecting" ? `Connection lost. Reconnecting (${attempt}) …` : online ? "" : "You are offline.";
+  return (
+    <div className="connection" role="status" data-testid="connection">
+      {text && (
+        <span className="pill">
+          <span className="spinner" aria-hidden="true" /> {text}
+        </span>
+      )}
+    </div>
+  );
+}

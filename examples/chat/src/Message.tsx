@@ -1,0 +1,74 @@
+import { BehestError } from "@behest/client-ts";
+import { Markdown, type UiMessage } from "@behest/client-ts/react";
+import { memo } from "react";
+
+import { CodeBlock } from "./CodeBlock";
+import { Icon } from "./icons";
+
+interface MessageProps {
+  message: UiMessage;
+  /** Nothing of the answer is here yet. */
+  waiting: boolean;
+  error: Error | undefined;
+  onRetry: (() => void) | undefined;
+}
+
+/** One message. Those that are done are never rendered again. */
+export const Message = memo(function Message({ message, waiting, error, onRetry }: MessageProps) {
+  const { role, content, state } = message;
+  if (role === "user") {
+    return (
+      <article className="message user" aria-label="You" data-testid="question">
+        <div className="bubble">{content}</div>
+      </article>
+    );
+  }
+  const streaming = state === "streaming";
+  return (
+    <article className="message assistant" aria-label="Answer" aria-busy={streaming} data-testid="answer" data-state={state}>
+      <img className="face" src="/mark.svg" alt="" width="28" height="28" />
+      <div className="answer">
+        {waiting && <div className="dots" role="status" aria-label="The answer is on its way"><i /><i /><i /></div>}
+        <div className={streaming ? "prose streaming" : "prose"} data-testid="text">
+          <Markdown text={content} streaming={streaming} code={CodeBlock} />
+        </div>
+        {state === "stopped" && <Ending text="Stopped" onRetry={onRetry} label="Continue" />}
+        {state === "failed" && <Failure error={error} onRetry={onRetry} />}
+      </div>
+    </article>
+  );
+});
+
+function Ending({ text, onRetry, label }: { text: string; onRetry: (() => void) | undefined; label: string }) {
+  return (
+    <p className="ending" data-testid="ending">
+      <span>{text}</span>
+      {onRetry && (
+        <button className="link-button" data-testid="retry" onClick={onRetry}>
+          <Icon name="retry" /> {label}
+        </button>
+      )}
+    </p>
+  );
+}
+
+function Failure({ error, onRetry }: { error: Error | undefined; onRetry: (() => void) | undefined }) {
+  const status = error instanceof BehestError ? error.status : undefined;
+  if (status === 402 || !error) return <Ending text={status === 402 ? "The budget ended here." : "Interrupted"} onRetry={onRetry} label="Try again" />;
+  const traceId = error instanceof BehestError ? error.traceId : undefined;
+  return (
+    <div className="failure" role="alert" data-testid="failure">
+      <Icon name="alert" />
+      <div>
+        <strong>Something went wrong.</strong>
+        <p>{status === 403 ? "This conversation was suspended." : "What you read so far is kept."}</p>
+        {traceId && <code className="trace">trace {traceId.slice(0, 12)}</code>}
+      </div>
+      {onRetry && (
+        <button className="button" data-testid="retry" onClick={onRetry}>
+          <Icon name="retry" /> Retry
+        </button>
+      )}
+    </div>
+  );
+}
