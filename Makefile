@@ -49,7 +49,7 @@ define install
 	@touch $(2)
 endef
 
-.PHONY: always help up down install-dev test test-sdk test-simulation test-outages test-cluster test-image test-focus test-browser screenshots torture check bench clean-venv
+.PHONY: always help up down chat install-dev test test-sdk test-simulation test-outages test-cluster test-image test-focus test-browser screenshots torture check bench clean-venv
 
 help: ## show this list
 	@echo "Behest: an OpenAI-compatible streaming gateway whose budgets hold, to the last token."
@@ -63,6 +63,9 @@ up: $(VENV)/.installed-up ## start everything on this machine (Ctrl-C stops it)
 
 down: ## stop what `make up` started; the data stay
 	@if [ -x $(BIN)/behest ]; then exec $(BIN)/behest down $(ARGS); else echo "Nothing was ever started here."; fi
+
+chat: examples/chat/node_modules/.made ## serve the chat of examples/chat, beside a running `make up` (needs node and npm)
+	@cd examples/chat && exec node server.mjs
 
 install-dev: $(VENV)/.installed-dev ## make .venv with everything that the tests and checks need
 
@@ -146,5 +149,13 @@ $(VENV)/.installed-dev: $(VENV)/.made pyproject.toml sdk/python/pyproject.toml
 $(VENV)/.installed-bench: $(VENV)/.made pyproject.toml
 	$(call install,dev$(comma)bench,$@)
 	@touch $(VENV)/.installed-up $(VENV)/.installed-dev
+
+# The client is a folder of this checkout: it is built first.
+examples/chat/node_modules/.made: examples/chat/package-lock.json sdk/typescript/package-lock.json
+	@command -v npm >/dev/null || { echo "behest: npm was not found: install Node.js 20.19 or newer" >&2; exit 1; }
+	@echo "Installing the chat's packages (the first time takes a minute) ..."
+	@cd sdk/typescript && npm ci --silent --ignore-scripts && npm run --silent build
+	@cd examples/chat && npm ci --silent --ignore-scripts
+	@touch $@
 
 comma := ,

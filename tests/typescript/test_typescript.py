@@ -1,49 +1,23 @@
 """The TypeScript SDK: its own checks and tests, and the same clients against a running gateway."""
 
 import json
-import os
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from stack import Project, Stack
+from typescript.packages import install, run
 
 # Told apart by what the guide leaves out: the types of the openai package ask for a model.
 MODEL_IS_MISSING = "Property 'model' is missing in type '{ messages: Msg[]; stream: true; }'"
 
 
-def _run(arguments: list[str], folder: Path, environment: dict[str, str] | None = None) -> str:
-    done = subprocess.run(
-        arguments,
-        cwd=folder,
-        env={**os.environ, "NO_COLOR": "1", "CI": "1", **(environment or {})},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def sdk(repository: Path) -> Path:
-    """The SDK's folder with its packages installed, as its lock file says, and built."""
-    npm = shutil.which("npm")
-    if npm is None or shutil.which("node") is None:
-        pytest.skip("this machine has no node and npm")
-    folder = repository / "sdk" / "typescript"
-    installed = folder / "node_modules" / ".installed"
-    lock = (folder / "package-lock.json").read_text()
-    if not installed.exists() or installed.read_text() != lock:
-        done = subprocess.run(
-            [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund"], cwd=folder, capture_output=True, text=True
-        )
-        if done.returncode:
-            pytest.skip(f"npm cannot install the packages here: {done.stderr.strip()[-300:]}")
-        installed.write_text(lock)
-    _run([npm, "run", "build"], folder)
+    """The SDK's folder with its packages, built."""
+    folder = install(repository / "sdk" / "typescript")
+    run(["npm", "run", "build"], folder)
     return folder
 
 
@@ -59,20 +33,20 @@ def environment(stack: Stack, project: Project) -> dict[str, str]:
 
 
 def test_its_types_are_right(sdk: Path) -> None:
-    _run(["npm", "run", "check"], sdk)
+    run(["npm", "run", "check"], sdk)
 
 
 def test_its_own_tests_pass(sdk: Path) -> None:
-    _run(["npm", "test"], sdk)
+    run(["npm", "test"], sdk)
 
 
 def test_the_guides_snippets_have_right_types_on_our_client(sdk: Path) -> None:
-    _run(["node", "test/live/compose.mjs", "behest"], sdk)
-    _run(["npx", "tsc", "-p", "test/live/.made/behest"], sdk)
+    run(["node", "test/live/compose.mjs", "behest"], sdk)
+    run(["npx", "tsc", "-p", "test/live/.made/behest"], sdk)
 
 
 def test_the_guides_snippets_lack_nothing_but_the_model_on_the_openai_package(sdk: Path) -> None:
-    _run(["node", "test/live/compose.mjs", "openai"], sdk)
+    run(["node", "test/live/compose.mjs", "openai"], sdk)
     done = subprocess.run(
         ["npx", "tsc", "--pretty", "false", "-p", "test/live/.made/openai"], cwd=sdk, capture_output=True, text=True
     )
@@ -86,35 +60,35 @@ def test_the_guides_snippets_lack_nothing_but_the_model_on_the_openai_package(sd
 
 
 @pytest.mark.parametrize("client", ["behest", "openai"])
-def test_the_guides_snippets_run(sdk: Path, environment: dict[str, str], client: str) -> None:
-    _run(["node", "test/live/compose.mjs", client], sdk)
-    run = ["npx", "vitest", "run", "--config", "vitest.live.config.ts", "test/live/guide.test.tsx"]
-    _run(run, sdk, {**environment, "CLIENT": client})
+def test_the_guides_snippetsrun(sdk: Path, environment: dict[str, str], client: str) -> None:
+    run(["node", "test/live/compose.mjs", client], sdk)
+    arguments = ["npx", "vitest", "run", "--config", "vitest.live.config.ts", "test/live/guide.test.tsx"]
+    run(arguments, sdk, {**environment, "CLIENT": client})
 
 
 def test_it_works_against_the_gateway(sdk: Path, environment: dict[str, str]) -> None:
-    run = ["npx", "vitest", "run", "--config", "vitest.live.config.ts", "test/live/client.test.ts"]
-    _run(run, sdk, environment)
+    arguments = ["npx", "vitest", "run", "--config", "vitest.live.config.ts", "test/live/client.test.ts"]
+    run(arguments, sdk, environment)
 
 
 def test_other_peoples_clients_work_unmodified(sdk: Path, environment: dict[str, str]) -> None:
-    run = ["npx", "vitest", "run", "--config", "vitest.live.config.ts", "test/live/others.test.ts"]
-    _run(run, sdk, environment)
+    arguments = ["npx", "vitest", "run", "--config", "vitest.live.config.ts", "test/live/others.test.ts"]
+    run(arguments, sdk, environment)
 
 
 def test_what_is_packed_can_be_installed_and_runs_the_guides_server_snippet(
     sdk: Path, repository: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    packed = json.loads(_run(["npm", "pack", "--json", "--ignore-scripts", f"--pack-destination={tmp_path}"], sdk))
+    packed = json.loads(run(["npm", "pack", "--json", "--ignore-scripts", f"--pack-destination={tmp_path}"], sdk))
     (package,) = packed if isinstance(packed, list) else packed.values()
     names = {entry["path"] for entry in package["files"]}
     assert {"README.md", "LICENSE", "dist/index.js", "dist/index.d.ts", "dist/react/index.js"} <= names
     assert not [name for name in names if name.startswith(("test", "node_modules"))]
     (tmp_path / "package.json").write_text('{"type": "module", "private": true}')
     install = ["npm", "install", "--prefer-offline", "--no-audit", "--no-fund", "--ignore-scripts"]
-    _run([*install, str(tmp_path / package["filename"])], tmp_path)
+    run([*install, str(tmp_path / package["filename"])], tmp_path)
     assert not (tmp_path / "node_modules" / "react").exists(), "React is for those who use it"
     snippet = (repository / "tests" / "typescript" / "guide" / "server.ts").read_text()
     names_of_the_reader = 'const messages = [{ role: "user", content: "Hello" }];\nconst user_id = "packed";\n'
     (tmp_path / "server.mjs").write_text(names_of_the_reader + snippet + "console.log(out);\n")
-    assert _run(["node", "server.mjs"], tmp_path, environment).startswith("This is simulated text")
+    assert run(["node", "server.mjs"], tmp_path, environment).startswith("This is simulated text")

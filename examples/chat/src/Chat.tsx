@@ -58,12 +58,17 @@ function Conversation({ gateway, threadId, before, onAsk, onEnd }: ChatProps & {
     (question: string) => {
       onAsk(threadId, question);
       follow.toEnd();
+      composer.current?.focus();
       send(question, gateway.paramsFor(question));
     },
     [gateway, onAsk, threadId, follow, send],
   );
   useEffect(() => {
-    if (wasRunning.current && !running) onEnd(threadId, messages);
+    if (wasRunning.current && !running) {
+      onEnd(threadId, messages);
+      // The Stop button is gone, and the focus with it.
+      if (document.activeElement === document.body) composer.current?.focus();
+    }
     wasRunning.current = running;
   }, [running, messages, onEnd, threadId]);
   useEffect(() => composer.current?.focus(), []);

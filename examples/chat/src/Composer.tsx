@@ -43,11 +43,11 @@ export function Composer({ ref, running, onSend, onStop }: ComposerProps) {
         onKeyDown={key}
       />
       {running ? (
-        <button type="button" className="round stop" aria-label="Stop" title="Stop (Esc)" data-testid="stop" onClick={onStop}>
+        <button key="stop" type="button" className="round stop" aria-label="Stop" title="Stop (Esc)" data-testid="stop" onClick={onStop}>
           <span className="square" aria-hidden="true" />
         </button>
       ) : (
-        <button type="submit" className="round" aria-label="Send" title="Send (Enter)" data-testid="send" disabled={text.trim() === ""}>
+        <button key="send" type="submit" className="round" aria-label="Send" title="Send (Enter)" data-testid="send" disabled={text.trim() === ""}>
           <Icon name="send" />
         </button>
       )}

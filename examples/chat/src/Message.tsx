@@ -30,7 +30,8 @@ export const Message = memo(function Message({ message, waiting, error, onRetry 
       <div className="answer">
         {waiting && <div className="dots" role="status" aria-label="The answer is on its way"><i /><i /><i /></div>}
         <div className={streaming ? "prose streaming" : "prose"} data-testid="text">
-          <Markdown text={content} streaming={streaming} code={CodeBlock} />
+          {/* What was cut off has marks that were never closed: they stay hidden as while it streamed. */}
+          <Markdown text={content} streaming={state !== "done"} code={CodeBlock} />
         </div>
         {state === "stopped" && <Ending text="Stopped" onRetry={onRetry} label="Continue" />}
         {state === "failed" && <Failure error={error} onRetry={onRetry} />}

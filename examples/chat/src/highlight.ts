@@ -14,6 +14,7 @@ const KEYWORDS = new Set(
   ).split(" "),
 );
 const HASH_COMMENTS = /^(?:python|py|sh|bash|zsh|shell|yaml|yml|toml|ruby|rb|r|make|makefile|dockerfile|ini|perl|elixir)$/i;
+const SHELLS = /^(?:sh|bash|zsh|shell|console)$/i;
 const SLASHES = String.raw`\/\/[^\n]*|\/\*[\s\S]*?(?:\*\/|$)`;
 const HASHES = String.raw`#[^\n]*`;
 const REST =
@@ -29,7 +30,7 @@ export function coloured(text: string, language: string): Part[] {
   let from = 0;
   for (const match of text.matchAll(HASH_COMMENTS.test(language) ? hashed : slashed)) {
     const kind = kindOf(match[0], text.charAt(match.index + match[0].length));
-    if (kind === "") continue;
+    if (kind === "" || (kind !== "comment" && kind !== "string" && SHELLS.test(language))) continue;
     if (match.index > from) parts.push({ kind: "", text: text.slice(from, match.index) });
     parts.push({ kind, text: match[0] });
     from = match.index + match[0].length;

@@ -19,6 +19,9 @@ PROJECT_ID = f"{NAMESPACE}/{PROJECT}"
 MODEL = "gpt-4o-mini"
 """The project's default model, and the one of the examples."""
 
+PAGES = ["http://localhost:5173", "http://127.0.0.1:5173"]
+"""Origins of pages that may call the demo from a browser: where `examples/chat` and Vite serve on this machine."""
+
 _CERTIFICATE_DAYS = 30
 
 
@@ -50,6 +53,7 @@ metadata: {{name: {PROJECT}, namespace: {NAMESPACE}}}
 spec:
   tenant: {TENANT}
   defaultModel: {MODEL}
+  allowedOrigins: {json.dumps(PAGES)}
 ---
 apiVersion: behest.ai/v1alpha1
 kind: Upstream
