@@ -5,6 +5,7 @@ import io
 from collections.abc import Iterable
 from datetime import datetime
 from decimal import Decimal
+from functools import lru_cache
 
 from behest_ledger.billing import BillingRow
 from behest_ledger.focus.columns import Version, columns_of
@@ -38,13 +39,17 @@ class CsvFile:
 
 
 def _field(value: Value) -> str:
+    if isinstance(value, str):
+        return value
     if value is None:
         return ""
-    if isinstance(value, Decimal):
-        return plain(value)
-    if isinstance(value, datetime):
-        return value.strftime("%Y-%m-%dT%H:%M:%SZ")
-    return value
+    return plain(value) if isinstance(value, Decimal) else _time(value)
+
+
+@lru_cache(maxsize=64)
+def _time(value: datetime) -> str:
+    """The same few hours and months stand in thousands of rows."""
+    return value.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def plain(value: Decimal) -> str:

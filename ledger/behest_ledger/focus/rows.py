@@ -13,6 +13,7 @@ Where the specification leaves a choice:
 import re
 from datetime import datetime, timedelta
 from decimal import Decimal
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -49,7 +50,7 @@ _OF_RESOURCE = re.compile(r"(?P<upstream>.+?/.+?)/(?P<model>.+)@(?P<version>[^@]
 
 def focus_row(row: BillingRow) -> dict[str, Value]:
     """The row, with the columns of every version: who writes it takes those of one."""
-    provider, sku, price_version = _price_of(row)
+    provider, sku, price_version = _price_of(row.price_key, row.upstream)
     cost = _decimal(row.amount_pico, _PICO_DIGITS)
     is_tokens = row.token_class != REQUEST_CLASS
     digits = _TOKENS_PER_UNIT_DIGITS if is_tokens else 0
@@ -128,19 +129,20 @@ def _tags(row: BillingRow) -> dict[str, str]:
     return {name: value for name, value in tags.items() if value is not None}
 
 
-def _price_of(row: BillingRow) -> tuple[str, str, str]:
+@lru_cache(maxsize=1024)
+def _price_of(price_key: str, upstream: str) -> tuple[str, str, str]:
     """(whose price, of what, of which version). A price that a resource states is its Upstream's.
 
     Of what is said by the price, not by the model that was asked: several may have one price, and a price has one
     SKU.
     """
-    found = _OF_BOOK.fullmatch(row.price_key)
+    found = _OF_BOOK.fullmatch(price_key)
     if found is not None:
         return found["provider"], f"{found['provider']}/{found['model']}", found["version"]
-    found = _OF_RESOURCE.fullmatch(row.price_key)
+    found = _OF_RESOURCE.fullmatch(price_key)
     if found is not None:
         return found["upstream"], f"{found['upstream']}/{found['model']}", found["version"]
-    return row.upstream or row.price_key, row.price_key, row.price_key
+    return upstream or price_key, price_key, price_key
 
 
 def _month_of(moment: datetime) -> datetime:
