@@ -81,6 +81,7 @@ _MORE: dict[str, Schema] = {
         "maxLength": 300,
     },
     "Project.memory.window": _between(0, 10_000),
+    "Project.memory.windowBytes": _between(0, 8 * 1024 * 1024),
     "Project.memory.retentionDays": _between(1, 3650),
     "Project.trustedIssuers": _keyed_by("issuer"),
     "Project.trustedIssuers[].issuer": _URL,

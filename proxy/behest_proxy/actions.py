@@ -32,6 +32,15 @@ class Write(msgspec.Struct, frozen=True):
     """Hand bytes to the client's stream. They are paid for."""
 
     data: bytes
+    events: int = 0
+    """So many events of the answer are at its beginning; what comes behind them (`[DONE]`, an error) is none of it."""
+
+
+class Keep(msgspec.Struct, frozen=True):
+    """Remember events of an answer that is given as a whole. They are paid for."""
+
+    data: bytes
+    events: int
 
 
 class Finish(msgspec.Struct, frozen=True):
@@ -80,6 +89,7 @@ Action = (
     | Resume
     | Begin
     | Write
+    | Keep
     | Finish
     | Respond
     | Fail

@@ -5,7 +5,7 @@ that are not known here are kept: strings of a delta concatenate, arrays append,
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias, cast
 
 import msgspec
@@ -45,11 +45,14 @@ class Aggregator:
 
     __slots__ = ("_bytes", "_bytes_max", "_choices", "_top")
 
-    def __init__(self, bytes_max: int = BODY_BYTES_MAX) -> None:
+    def __init__(self, bytes_max: int = BODY_BYTES_MAX, *, chunks: Iterable[bytes] = ()) -> None:
+        """`chunks` came before, from an earlier attempt: see `feed`, also for what that raises."""
         self._bytes = 0
         self._bytes_max = bytes_max
         self._top: dict[str, Any] = {}
         self._choices: dict[int, _Choice] = {}
+        for chunk in chunks:
+            self.feed(chunk)
 
     def feed(self, payload: bytes) -> None:
         """Takes one chunk.

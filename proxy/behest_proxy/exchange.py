@@ -33,6 +33,7 @@ from behest_proxy.actions import (
     CancelUpstream,
     Fail,
     Finish,
+    Keep,
     Linger,
     Pause,
     Respond,
@@ -89,7 +90,7 @@ class Exchange:
         """A whole answer whose usage is within the hold: there is nothing to count."""
         self._usage = UsageState()
         self._counted_at_usage = (0, 0)
-        self._aggregator = None if terms.streamed else Aggregator()
+        self._aggregator = None if terms.streamed else Aggregator(chunks=terms.said)
         self._bound_by: Refused | None = None
         self._client_gone = False
         self._stopped: _Ending | None = None
@@ -337,7 +338,8 @@ class Exchange:
         if not self._meter.pay(tokens):
             return None
         self._chunks += len(texts)
-        return [Write(read), *self._ask_ahead()] if self._meter.runs_low else [Write(read)]
+        write = Write(read, len(texts))
+        return [write, *self._ask_ahead()] if self._meter.runs_low else [write]
 
     def _walk_pending(self, now_s: float) -> list[Action]:
         """Walk over what waited, and go on where it is through."""
@@ -435,13 +437,13 @@ class Exchange:
             return []
         self._chunks += len(payloads)
         if self._aggregator is None:
-            return [Write(data_events(payloads))]
+            return [Write(data_events(payloads), len(payloads))]
         try:
             for payload in payloads:
                 self._aggregator.feed(payload)
         except AggregateTooLarge:
             return self._end(Outcome.UPSTREAM_ERROR, now_s, UpstreamError("the provider's answer is too large"))
-        return []
+        return [Keep(data_events(payloads), len(payloads))] if self._terms.kept else []
 
     def _ask_ahead(self) -> list[Action]:
         """Half of the tranche is used: ask for the next one, while the stream goes on."""
@@ -491,10 +493,11 @@ class Exchange:
             return self._cut(Outcome.QUOTA_EXCEEDED, now_s, self._bound_by)
         own_ends = self._own_ends()
         if self._aggregator is not None:
-            if own_ends and (too_large := self._hand_over([own_ends], now_s)):
-                return too_large
+            kept = self._hand_over([own_ends], now_s) if own_ends else []
+            if self.phase is not Phase.STREAMING:
+                return kept  # it got too large
             body = self._whole_body(self._aggregator, Outcome.COMPLETED, now_s)
-            return [Respond(200, body), *self._end(Outcome.COMPLETED, now_s)]
+            return [*kept, Respond(200, body), *self._end(Outcome.COMPLETED, now_s)]
         last = b""
         counts = self._charge(Outcome.COMPLETED, now_s).counts
         if self._terms.include_usage and self._shown_counts != counts:
@@ -502,7 +505,7 @@ class Exchange:
             last = data_event(usage_chunk(self._frame, usage))
         if own_ends:
             last = data_event(own_ends) + last
-        return [Write(last + DONE), Finish(), *self._end(Outcome.COMPLETED, now_s)]
+        return [Write(last + DONE, last.count(b"\n\n")), Finish(), *self._end(Outcome.COMPLETED, now_s)]
 
     def _cut(self, outcome: Outcome, now_s: float, refusal: Refused | None) -> list[Action]:
         """A budget ends the answer."""

@@ -1,7 +1,7 @@
 """What is fixed of an exchange when its request is admitted, and the phases that it goes through."""
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -29,6 +29,10 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     include_usage: bool
     upstream_streams: bool = True
     """False: the provider gives its answer as a whole, whatever the client asked for."""
+    kept: bool = False
+    """What is not streamed is remembered chunk by chunk too."""
+    said: Sequence[bytes] = ()
+    """Chunks of earlier attempts at the same answer, which is given as a whole."""
     choices: int
     input_counts: TokenCounts
     count: Callable[[str], int]

@@ -17,14 +17,16 @@ from ledger.books import admission, granted, settlement
 from ledger.tenant_roles import logged_in, tenant_role
 
 TABLES = {
-    "api_key", "budget", "budget_subject", "budget_window", "configuration_version", "correction", "hold", "hold_line",
-    "posting", "price_book", "project", "provider_key", "request", "request_now", "schema_migration", "signing_key",
-    "tier", "upstream", "usage_line",
+    "api_key", "budget", "budget_subject", "budget_window", "configuration_version", "correction", "generation",
+    "generation_chunk", "hold", "hold_line", "idempotency_key", "posting", "price_book", "project", "provider_key",
+    "request", "request_now", "schema_migration", "signing_key", "thread", "thread_message", "tier", "upstream",
+    "usage_line",
 }  # fmt: skip
 FUNCTIONS = {
-    "admit_batch_v1", "budgets_of_v1", "budgets_of_v2", "checkpoint_batch_v1", "extend_batch_v1", "lease_batch_v1",
-    "put_signing_key_v1", "rates_of_v1", "register_holder_v1", "renew_holder_v1", "session_tenants_v1",
-    "settle_batch_v1", "unregister_holder_v1", "usage_bins_v1", "usage_totals_v1",
+    "admit_batch_v1", "budgets_of_v1", "budgets_of_v2", "checkpoint_batch_v1", "claim_generation_v1", "claim_key_v1",
+    "delete_thread_v1", "extend_batch_v1", "keep_turn_v1", "lease_batch_v1", "put_signing_key_v1", "rates_of_v1",
+    "register_holder_v1", "release_key_v1", "renew_holder_v1", "session_tenants_v1", "settle_batch_v1",
+    "unregister_holder_v1", "usage_bins_v1", "usage_totals_v1", "write_generations_v1",
 }  # fmt: skip
 
 ALL_TABLES = """

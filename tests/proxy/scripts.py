@@ -195,7 +195,7 @@ DONE_EVENT = b"[DONE]"
 
 def wrote(*payloads: bytes, done: bool = False) -> Write:
     """These payloads, to the letter, in one write."""
-    return Write(b"".join(map(data_event, payloads)) + (DONE if done else b""))
+    return Write(b"".join(map(data_event, payloads)) + (DONE if done else b""), len(payloads))
 
 
 FINISHED = Write(DONE)

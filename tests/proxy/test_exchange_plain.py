@@ -70,7 +70,7 @@ def test_without_any_usage_the_own_count_is_charged() -> None:
 
 def test_a_read_that_was_cut_inside_an_event_is_no_event_yet() -> None:
     event = data_event(text("Hello"))
-    play(streaming(), (raw(event[:30]), []), (raw(event[30:]), [Write(event)]))
+    play(streaming(), (raw(event[:30]), []), (raw(event[30:]), [Write(event, 1)]))
 
 
 def test_comments_ids_and_blank_events_are_dropped_and_the_framing_is_ours() -> None:

@@ -58,9 +58,11 @@ class Memory(_Part, frozen=True, kw_only=True):
     """How much of a thread is remembered."""
 
     window: int | None = None
-    """How many stored messages go before a request's own."""
+    """How many stored messages go before a request's own; absent: 40."""
+    window_bytes: int | None = None
+    """How large these may be together, in bytes of JSON; absent: 65536, some 16,000 tokens."""
     retention_days: int | None = None
-    """After how many days without a message a thread is deleted."""
+    """After how many days without a message a thread is deleted; absent: as the keeper says, 90."""
 
 
 class TrustedIssuer(_Part, frozen=True, kw_only=True):

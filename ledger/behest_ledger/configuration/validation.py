@@ -121,6 +121,7 @@ def _project(spec: ProjectSpec) -> Iterator[Problem]:
             yield from _origin(f"spec.allowedOrigins[{index}]", origin)
     if spec.memory:
         yield from in_range("spec.memory.window", spec.memory.window, 0, 10_000)
+        yield from in_range("spec.memory.windowBytes", spec.memory.window_bytes, 0, 8 * 1024 * 1024)
         yield from in_range("spec.memory.retentionDays", spec.memory.retention_days, 1, 3650)
     yield from few("spec.trustedIssuers", spec.trusted_issuers)
     for index, issuer in enumerate(spec.trusted_issuers):

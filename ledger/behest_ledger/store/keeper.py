@@ -31,6 +31,7 @@ from behest_ledger.store.migrate import PARTITIONS_AHEAD_MONTHS, check_schema
 from behest_ledger.store.pool import Connection, connect
 from behest_ledger.store.retention import MONTH_TIMEOUT_S, RETENTION_MONTHS, put_old_months_away
 from behest_ledger.store.seals import HeldUp, Sealed, Sealer, held_up
+from behest_ledger.store.threads import RETENTION_DAYS
 from behest_ledger.store.usage import Added, add_up
 
 logger = logging.getLogger(__name__)
@@ -79,6 +80,7 @@ class KeeperReport(msgspec.Struct, frozen=True, kw_only=True):
     usage_requests: int = 0
     """Requests that were added to the sums of usage."""
     months_put_away: int = 0
+    threads_deleted: int = 0
     more: bool = False
     """There is more than one round may do."""
 
@@ -106,7 +108,8 @@ class Keeper:
 
     `grace_s` is how long a hold waits in suspense for its journal, `policy` what it is charged after that:
     "checkpoint" what its last checkpoint says, "hold" all that was held. `retention_months` whole months stay beside
-    the current one (0: all); older ones are detached, and with `drop_months` dropped.
+    the current one (0: all); older ones are detached, and with `drop_months` dropped. Threads are deleted `thread_days`
+    after their last message, where their project does not say otherwise.
     """
 
     def __init__(
@@ -120,6 +123,7 @@ class Keeper:
         seal_stall_s: float = SEAL_STALL_S,
         retention_months: int = RETENTION_MONTHS,
         drop_months: bool = False,
+        thread_days: int = RETENTION_DAYS,
     ) -> None:
         self._dsn = dsn
         self._interval_s = interval_s
@@ -135,6 +139,8 @@ class Keeper:
         self._stall_told_s = -math.inf
         self._retention_months = retention_months
         self._drop_months = drop_months
+        self._thread_days = thread_days
+        self._threads_due_s = 0.0
         self._retention_due_s = 0.0
         self._connection: Connection | None = None
         self._writable_since: datetime | None = None
@@ -176,6 +182,7 @@ class Keeper:
             alerts, more_to_tell = await self._tell_alerts(connection)
             sealed = await self._seal(connection)
             added = await self._add_up(connection, sealed)
+            threads_deleted = await self._forget_threads(connection)
         return KeeperReport(
             working=True,
             fenced=fenced,
@@ -189,6 +196,7 @@ class Keeper:
             sealed_rows=sealed.rows,
             usage_requests=added.requests,
             months_put_away=await self._put_months_away(),
+            threads_deleted=threads_deleted,
             more=more_to_reap or more_to_charge or more_to_tell or sealed.more or added.more,
         )
 
@@ -250,6 +258,7 @@ class Keeper:
         self._seal_due_s = 0.0
         self._more_to_add = True
         self._retention_due_s = 0.0
+        self._threads_due_s = 0.0
         self._told_standby = False
         logger.info("keeping the ledger: every %.1f s", self._interval_s)
         return True
@@ -372,6 +381,26 @@ class Keeper:
             months = await put_old_months_away(connection, kept_months=self._retention_months, drop=self._drop_months)
         self._retention_due_s = loop.time() + HOUSEKEEPING_S
         return sum(month.done for month in months)
+
+    async def _forget_threads(self, connection: Connection) -> int:
+        """Delete threads that nobody used for long, and what was kept of replies for those who ask again."""
+        loop = asyncio.get_running_loop()
+        if loop.time() < self._threads_due_s:
+            return 0
+        threads = 0
+        for _ in range(BATCHES_MAX):
+            row = await connection.fetchrow(
+                "SELECT threads, keys, generations FROM ledger.prune_threads_v1($1, $2)",
+                self._thread_days,
+                BATCH_HOLDS_MAX,
+            )
+            threads += row["threads"]
+            if max(row["threads"], row["keys"], row["generations"]) < BATCH_HOLDS_MAX:
+                self._threads_due_s = loop.time() + HOUSEKEEPING_S
+                break
+        if threads:
+            logger.info("deleted %d threads that were not used for their time", threads)
+        return threads
 
     async def _keep_house(self, connection: Connection) -> tuple[int, int]:
         loop = asyncio.get_running_loop()

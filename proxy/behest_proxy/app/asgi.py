@@ -14,6 +14,7 @@ from behest_proxy.app.endpoints import Endpoints
 from behest_proxy.app.gateway import Gateway
 from behest_proxy.app.openapi import openapi_document
 from behest_proxy.app.page import Page
+from behest_proxy.app.thread_endpoints import ThreadEndpoints
 from behest_proxy.app.usage import Usage
 
 
@@ -24,6 +25,7 @@ def client_app(gateway: Gateway, *, by_pod: bool = False) -> Any:
     """
     endpoints = Endpoints(gateway)
     usage = Usage(gateway)
+    threads = ThreadEndpoints(gateway)
     description = msgspec.json.encode(openapi_document())
 
     async def openapi(_request: Request) -> Response:
@@ -38,9 +40,8 @@ def client_app(gateway: Gateway, *, by_pod: bool = False) -> Any:
             Route("/.well-known/jwks.json", endpoints.jwks, methods=["GET"]),
             Route("/v1/models", endpoints.models, methods=["GET"]),
             Route("/v1/budgets", endpoints.budgets, methods=["GET"]),
-            Route("/v1/threads", endpoints.threads, methods=["GET"]),
-            Route("/v1/threads/{thread_id}", endpoints.thread, methods=["GET", "DELETE"]),
-            Route("/v1/threads/{thread_id}/messages", endpoints.thread, methods=["GET"]),
+            Route("/v1/threads", threads.threads, methods=["GET"]),
+            Route("/v1/threads/{rest:path}", threads.one, methods=["GET", "DELETE"]),
             Route("/v1/usage", usage.usage, methods=["GET"]),
             Route("/v1/billing/usage", usage.billing_usage, methods=["GET"]),
             Route("/v1/billing/export", BillingExport(gateway).export, methods=["GET"]),

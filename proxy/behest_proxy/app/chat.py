@@ -1,5 +1,7 @@
 """`POST /v1/chat/completions`: from a verified caller and a body to a conducted exchange."""
 
+import asyncio
+import hashlib
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -14,14 +16,17 @@ from behest_ledger.holds import Admission, Granted
 from behest_ledger.prices.manifest import prices_from_manifest
 from behest_ledger.prices.rates import Rates
 from behest_ledger.token_counts import TokenCounts
-from behest_proxy.actions import Fail
+from behest_proxy.actions import Fail, Respond
 from behest_proxy.app.callers import caller_of, project_of
-from behest_proxy.app.client_stream import QueuedStream, client_stream
+from behest_proxy.app.client_stream import ClientStream, QueuedStream, client_stream
 from behest_proxy.app.conduct import Conduct
 from behest_proxy.app.context import RequestContext, context_of
 from behest_proxy.app.gateway import Gateway
+from behest_proxy.app.generation import Generation
 from behest_proxy.app.messages import JSON, ClientLeftError, read_body, send_answer, send_error
-from behest_proxy.errors import Draining, InvalidRequest
+from behest_proxy.app.turns import Call as AskedCall
+from behest_proxy.app.turns import Opened, asked_in, memory_of
+from behest_proxy.errors import Draining, InvalidRequest, ShownError
 from behest_proxy.exchange import Exchange
 from behest_proxy.holding import HoldPlan, limit_for, plan
 from behest_proxy.identity.caller import Caller
@@ -29,6 +34,7 @@ from behest_proxy.identity.session import NO_SESSION, session_of
 from behest_proxy.models import ModelFacts, facts_for
 from behest_proxy.request import ChatRequest, InputCount, count_input, parse, upstream_body
 from behest_proxy.terms import Terms
+from behest_proxy.threads import with_messages, without_thread
 from behest_proxy.tokens import TokenCounter, counter_for
 from behest_proxy.upstream import UpstreamRequest
 
@@ -49,6 +55,16 @@ class _Model(NamedTuple):
     counter: TokenCounter
 
 
+class _Call(NamedTuple):
+    """Whose call it is."""
+
+    context: RequestContext
+    caller: Caller
+    session: str
+    project: ProjectEntry
+    thread_id: str | None
+
+
 class ChatCompletions:
     """The endpoint, an ASGI application."""
 
@@ -67,60 +83,123 @@ class ChatCompletions:
         session = session_of(caller, [value for name, value in headers if name == b"x-session-id"])
         if project.require_session and session == NO_SESSION:
             raise InvalidRequest("this project needs a session: send X-Session-Id", param="X-Session-Id")
+        asked = asked_in(headers)
         try:
             body = await read_body(receive, headers, bytes_max=gateway.settings.body_bytes_max)
         except ClientLeftError:
             return
         request = parse(body)
-        model = self._model_for(project, request, caller)
+        call = _Call(context, caller, session, project, asked.thread_id)
+        memory = memory_of(gateway.configuration, project, caller)
+        client = client_stream(scope, receive, send)
+        if not asked.is_plain:
+            if not request.stream:
+                asked = msgspec.structs.replace(asked, last_event=None)
+            found = self._route_for(project, request, caller)
+            looked_up = AskedCall(
+                asked=asked,
+                caller=caller,
+                request=request,
+                request_id=context.request_id,
+                request_sha256=hashlib.sha256(b"%b\0%b" % ((asked.thread_id or "").encode(), body)).digest(),
+                memory=memory,
+                found=found,
+            )
+            await self._kept(call, looked_up, client, send)
+            return
+        prompted = without_thread(request, memory.system_prompt)
+        if prompted is not None:
+            request = with_messages(request, prompted)
+        conduct = self._conducted(call, request, self._route_for(project, request, caller), client)
+        if isinstance(client, QueuedStream):
+            await _queued(client, conduct.answered)
+        await _send(send, client, await conduct.answered)
+
+    async def _kept(self, call: _Call, asked: AskedCall, client: ClientStream, send: Any) -> None:
+        """A call whose reply is kept, or numbered: its client follows a `Generation`."""
+        gateway = self._gateway
+        opened = await gateway.turns.open(asked)
+        generation = opened.generation
+        try:
+            follower = generation.follow(client, call.context, after=opened.after, ids=asked.asked.ids)
+            if not opened.is_given:
+                self._conducted(call, opened.request, asked.found, generation, opened)
+        except ShownError as error:
+            gateway.replies.given_up(generation, error)
+            raise
+        except BaseException:
+            gateway.replies.given_up(generation, None)
+            raise
+        if isinstance(client, QueuedStream):
+            await _queued(client, generation.answered)
+        answer = await asyncio.shield(generation.answered)
+        if answer is None:
+            await follower.done
+        await _send(send, client, answer)
+
+    def _conducted(
+        self,
+        call: _Call,
+        request: ChatRequest,
+        found: Route,
+        client: ClientStream | Generation,
+        opened: Opened | None = None,
+    ) -> Conduct:
+        """Begin to give the answer."""
+        gateway, context = self._gateway, call.context
+        model = self._model_for(found, request)
         input_count = count_input(request, model.counter, model.facts)
         hold = plan(request, model.facts, model.rates, input_count, upstream_streams=_streams(model))
         provider_key = gateway.provider_keys.of(
-            model.route.upstream, project_id=project.project_id, provider=_provider(gateway, model.route)
+            model.route.upstream, project_id=call.project.project_id, provider=_provider(gateway, model.route)
         )
-        client = client_stream(scope, receive, send)
-        admission = _admission(gateway, context, caller, session, project, model, hold)
+        admission = _admission(gateway, call, model, hold)
         input_counts = TokenCounts(input=input_count.best_tokens)
         conduct = Conduct(
             gateway,
             admission=admission,
             rates=model.rates,
             trace=gateway.memory.begin(admission, input_counts=input_counts, rates=model.rates),
-            exchange=lambda grant: _exchange(request, model, hold, input_count, grant),
+            exchange=lambda grant: _exchange(request, model, hold, input_count, grant, opened),
             upstream_request=lambda grant: _upstream_request(request, model, hold, grant, context, provider_key),
             client=client,
             context=context,
+            attempt=opened.attempt if opened is not None else 1,
         )
+        if isinstance(client, Generation):
+            gateway.replies.begin(client)
         gateway.conduct(conduct)
-        if isinstance(client, QueuedStream):
-            await _queued(client, conduct)
-        answer = await conduct.answered
-        if answer is None or client.gone:
-            return
-        if isinstance(answer, Fail):
-            await send_error(send, answer.error)
-        else:
-            await send_answer(send, answer.status, answer.body, [JSON, *answer.headers])
+        return conduct
 
-    def _model_for(self, project: ProjectEntry, request: ChatRequest, caller: Caller) -> _Model:
+    def _route_for(self, project: ProjectEntry, request: ChatRequest, caller: Caller) -> Route:
         gateway = self._gateway
         tier = gateway.configuration.tier(project, caller.tier)
         try:
-            found = route(gateway.configuration, project, request.model, tier=tier)
+            return route(gateway.configuration, project, request.model, tier=tier)
         except RoutingError as error:
             raise InvalidRequest(error.message, param="model") from None
+
+    def _model_for(self, found: Route, request: ChatRequest) -> _Model:
+        gateway = self._gateway
         facts = _facts(found)
         return _Model(found, _rates(gateway, found, request, facts), facts, counter_for(found.upstream_name))
 
 
-async def _queued(client: QueuedStream, conduct: Conduct) -> None:
-    """Send and watch under a server without direct writes, until the answer is decided."""
-    import asyncio
+async def _send(send: Any, client: ClientStream, answer: Respond | Fail | None) -> None:
+    if answer is None or client.gone:
+        return
+    if isinstance(answer, Fail):
+        await send_error(send, answer.error)
+    else:
+        await send_answer(send, answer.status, answer.body, [JSON, *answer.headers])
 
+
+async def _queued(client: QueuedStream, answered: asyncio.Future[Respond | Fail | None]) -> None:
+    """Send and watch under a server without direct writes, until the answer is decided."""
     async with asyncio.TaskGroup() as group:
         watching = group.create_task(client.watch())
         sending = group.create_task(client.run())
-        answer = await asyncio.shield(conduct.answered)
+        answer = await asyncio.shield(answered)
         watching.cancel()
         if answer is not None or client.gone:
             sending.cancel()
@@ -201,25 +280,20 @@ def _facts(found: Route) -> ModelFacts:
     return msgspec.structs.replace(facts, **said) if said else facts
 
 
-def _admission(
-    gateway: Gateway,
-    context: RequestContext,
-    caller: Caller,
-    session: str,
-    project: ProjectEntry,
-    model: _Model,
-    hold: HoldPlan,
-) -> Admission:
+def _admission(gateway: Gateway, call: _Call, model: _Model, hold: HoldPlan) -> Admission:
+    caller, project = call.caller, call.project
     attribution = project.spec.attribution
     attributes: dict[str, Any] = {
         "namespace": project.namespace,
         "project": project.project_id,
         "user": caller.user_id,
-        "session": session,
+        "session": call.session,
         "model": model.route.model,
         "upstream": model.route.upstream.qualified_name,
         "upstream_model": model.route.upstream_name,
     }
+    if call.thread_id is not None:
+        attributes["thread"] = call.thread_id
     if model.route.upstream.spec.byok:
         attributes["byok"] = True  # the provider bills the tenant itself
     tier = gateway.configuration.tier(project, caller.tier)
@@ -235,7 +309,7 @@ def _admission(
                 attributes[name] = value
     return Admission(
         tenant_id=caller.tenant_id,
-        request_id=context.request_id,
+        request_id=call.context.request_id,
         holder_id=gateway.holder.holder_id,
         attributes=attributes,
         price_key=model.rates.price_key,
@@ -249,7 +323,12 @@ def _admission(
 
 
 def _exchange(
-    request: ChatRequest, model: _Model, hold: HoldPlan, input_count: InputCount, grant: Granted | None
+    request: ChatRequest,
+    model: _Model,
+    hold: HoldPlan,
+    input_count: InputCount,
+    grant: Granted | None,
+    opened: Opened | None,
 ) -> Exchange:
     granted_tokens = grant.output_tokens if grant is not None else hold.want_tokens
     limit = limit_for(hold, granted_tokens=granted_tokens, choices=request.choices)
@@ -259,6 +338,8 @@ def _exchange(
             streamed=request.stream,
             upstream_streams=_streams(model),
             include_usage=request.include_usage,
+            kept=opened is not None,
+            said=opened.said if opened is not None else (),
             choices=request.choices,
             input_counts=TokenCounts(input=input_count.best_tokens),
             count=model.counter.count,

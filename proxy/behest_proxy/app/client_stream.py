@@ -10,6 +10,11 @@ from typing import Any
 
 from behest_proxy.edge.direct import DirectStream, Header, direct_stream
 
+STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream"),
+    (b"cache-control", b"no-cache, no-transform"),
+    (b"x-accel-buffering", b"no"),
+]
 BUFFER_BYTES_HIGH = 64 * 1024
 BUFFER_BYTES_MAX = 256 * 1024
 

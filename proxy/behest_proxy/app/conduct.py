@@ -17,6 +17,7 @@ from behest_ledger.settlement import lines_of, settlement_for
 from behest_ledger.store.credit import Account
 from behest_ledger.store.errors import LedgerError
 from behest_ledger.store.holders import Checkpoint
+from behest_ledger.token_counts import TokenCounts
 from behest_proxy.actions import (
     Action,
     AskCredit,
@@ -25,6 +26,7 @@ from behest_proxy.actions import (
     CancelUpstream,
     Fail,
     Finish,
+    Keep,
     Linger,
     Pause,
     Respond,
@@ -32,11 +34,12 @@ from behest_proxy.actions import (
     Settle,
     Write,
 )
-from behest_proxy.app.client_stream import ClientStream
+from behest_proxy.app.client_stream import STREAM_HEADERS, ClientStream
 from behest_proxy.app.context import RequestContext
+from behest_proxy.app.generation import Generation
 from behest_proxy.app.memory import Trace
 from behest_proxy.app.rates import rate_headers
-from behest_proxy.errors import ShownError
+from behest_proxy.errors import ServerError, ShownError
 from behest_proxy.exchange import Exchange
 from behest_proxy.sse import KEEP_ALIVE
 from behest_proxy.upstream import UpstreamCall, UpstreamFailure, UpstreamRequest
@@ -53,12 +56,6 @@ UPSTREAM_TAIL_S = 1.0
 
 _NOTHING = (-1, 0, 0)
 
-STREAM_HEADERS = [
-    (b"content-type", b"text/event-stream"),
-    (b"cache-control", b"no-cache, no-transform"),
-    (b"x-accel-buffering", b"no"),
-]
-
 
 class Conduct:
     """One request's owner, and the handler of its upstream call."""
@@ -72,10 +69,14 @@ class Conduct:
         trace: Trace,
         exchange: Callable[[Granted | None], Exchange],
         upstream_request: Callable[[Granted], UpstreamRequest],
-        client: ClientStream,
+        client: ClientStream | Generation,
         context: RequestContext,
+        attempt: int = 1,
     ) -> None:
-        """`exchange` and `upstream_request` are made when the ledger's answer is known: it sets the limit."""
+        """`exchange` and `upstream_request` are made when the ledger's answer is known: it sets the limit.
+
+        The client of a reply that is kept is its `Generation`; `attempt` says how often that was begun.
+        """
         self._gateway = gateway
         self._loop = asyncio.get_running_loop()
         self._admission = admission
@@ -84,6 +85,8 @@ class Conduct:
         self._make_exchange = exchange
         self._make_upstream_request = upstream_request
         self._client = client
+        self._generation = client if isinstance(client, Generation) else None
+        self._attempt = attempt
         self._context = context
         self._exchange: Exchange | None = None
         self._grant: Granted | None = None
@@ -91,7 +94,7 @@ class Conduct:
         self._granted_tokens = 0
         self._account: Account | None = None
         self._call: UpstreamCall | None = None
-        self._client_left = False
+        self._client_left = client.gone
         self._stopped: tuple[Outcome, ShownError] | None = None
         self._credit_paused = False
         self._client_paused = False
@@ -103,6 +106,8 @@ class Conduct:
         self._upstream_done = False
         self.answered: asyncio.Future[Respond | Fail | None] = self._loop.create_future()
         """What the endpoint has to send; None: the answer was streamed, or nobody is there to read one."""
+        if self._generation is not None:
+            self._generation.conduct = self
         client.on_gone = self._on_client_gone
         client.on_resume = self._on_client_resume
 
@@ -141,6 +146,8 @@ class Conduct:
         if isinstance(answer, Refused):
             self._trace.refused()
             self._gateway.ended(self)
+            if self._generation is not None:
+                self._generation.finished(None, is_charged=False)
 
     def stop(self, outcome: Outcome, error: ShownError) -> None:
         """End the request from outside, also while the ledger is still being asked."""
@@ -148,6 +155,14 @@ class Conduct:
             self._stopped = (outcome, error)
         else:
             self._perform(self._exchange.stop(outcome, error, self._loop.time()))
+
+    def failed(self, error: Exception) -> None:
+        """It could not be begun."""
+        if not self.answered.done():
+            self.answered.set_exception(error)
+        if self._generation is not None:
+            self._generation.finished(None, is_charged=False)
+            self._generation.answer(Fail(ServerError("something went wrong here; the request id tells us what")))
 
     def checkpoint(self) -> Checkpoint | None:
         """How far the request has come; None where that is no farther than the last time."""
@@ -194,7 +209,7 @@ class Conduct:
         self._trace.store(*exchange.forwarded)  # before the client gets it: what was sent is never uncounted
         for action in actions:
             if isinstance(action, Write):
-                self._write(action.data, now_s)
+                self._write(action, now_s)
             else:
                 self._perform([action])
 
@@ -218,8 +233,11 @@ class Conduct:
             self._trace.store(*self._exchange.forwarded)
         for action in actions:
             match action:
-                case Write(data):
-                    self._write(data, self._loop.time())
+                case Write():
+                    self._write(action, self._loop.time())
+                case Keep(data, events):
+                    if self._generation is not None:
+                        self._generation.add(data, events)
                 case AskCredit(need_tokens, want_tokens, is_short):
                     assert self._account is not None
                     self._gateway.desk.ask(
@@ -253,6 +271,8 @@ class Conduct:
 
     def _call_upstream(self) -> None:
         assert self._grant is not None
+        if self._generation is not None:
+            self._generation.granted()
         self._call = self._gateway.upstream.send(self._make_upstream_request(self._grant), self)
 
     def _begin(self) -> None:
@@ -260,9 +280,12 @@ class Conduct:
         self._last_write_s = self._loop.time()
         self._timer = self._loop.call_later(self._gateway.settings.keep_alive_s, self._keep_alive)
 
-    def _write(self, data: bytes, now_s: float) -> None:
+    def _write(self, action: Write, now_s: float) -> None:
         self._last_write_s = now_s
-        self._client.write(data)
+        if self._generation is None:
+            self._client.write(action.data)
+        else:
+            self._generation.add(action.data, action.events)
         if self._client.paused and not self._client_paused:
             self._client_paused = True
             self._stall_timer = self._loop.call_later(self._gateway.settings.client_stall_s, self._on_stall)
@@ -280,6 +303,8 @@ class Conduct:
         }
         if self._first_byte_s is not None:
             facts["first_byte_ms"] = round((self._first_byte_s - self._started_s) * 1000)
+        if self._attempt > 1:
+            facts["attempt"] = self._attempt
         settlement = settlement_for(
             tenant_id=self._admission.tenant_id,
             request_id=self._admission.request_id,
@@ -294,12 +319,16 @@ class Conduct:
         self._gateway.writer.submit(settlement)
         self._gateway.ended(self)
         self._answer(None)
+        if self._generation is not None:
+            self._generation.finished(action.outcome, is_charged=action.charge.counts != TokenCounts())
         if self._call is not None and not self._upstream_done:
             self._loop.call_later(UPSTREAM_TAIL_S, self._cancel_upstream)
 
     def _answer(self, answer: Respond | Fail | None) -> None:
         if not self.answered.done():
             self.answered.set_result(answer)
+            if self._generation is not None:
+                self._generation.answer(answer)
 
     def _cancel_upstream(self) -> None:
         if self._call is not None:

@@ -17,7 +17,7 @@ from behest_proxy.app.callers import caller_of, check_host, project_of
 from behest_proxy.app.context import context_of
 from behest_proxy.app.gateway import Gateway
 from behest_proxy.app.messages import ClientLeftError, json_response, read_body
-from behest_proxy.errors import LedgerUnavailable, NotFound
+from behest_proxy.errors import LedgerUnavailable
 from behest_proxy.identity.bearer import bearer_of
 from behest_proxy.identity.mint import BODY_BYTES_MAX, mint, parse_mint
 from behest_proxy.identity.session import NO_SESSION, session_of
@@ -89,20 +89,6 @@ class Endpoints:
         except LedgerError:
             raise LedgerUnavailable("the ledger cannot be reached", retry_after_s=1) from None
         return json_response({"object": "list", "data": [_budget(state) for state in states]})
-
-    async def threads(self, request: Request) -> Response:
-        """`GET /v1/threads`: the caller's threads. None are kept."""
-        self._known_caller(request)
-        return json_response([])
-
-    async def thread(self, request: Request) -> Response:
-        """One thread, its messages, or its deletion: there is none."""
-        self._known_caller(request)
-        raise NotFound("there is no such thread")
-
-    def _known_caller(self, request: Request) -> None:
-        context = context_of(request.scope)
-        project_of(self._gateway, caller_of(self._gateway, context, request.scope["headers"], time.time()), context)
 
 
 def _budget(state: reports.BudgetState) -> dict[str, Any]:

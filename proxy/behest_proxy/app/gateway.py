@@ -28,6 +28,7 @@ from behest_ledger.store.outage import Outage
 from behest_ledger.store.pool import Connection, asking, open_pool
 from behest_ledger.store.prices import load_current_book, next_change
 from behest_ledger.store.writer import SettlementWriter
+from behest_ledger.vault import Vault
 from behest_proxy.app.conduct import Conduct
 from behest_proxy.app.door import Door
 from behest_proxy.app.holder import Holder
@@ -37,8 +38,10 @@ from behest_proxy.app.memory import Memory
 from behest_proxy.app.mounted import MountedFiles
 from behest_proxy.app.origins import project_allows
 from behest_proxy.app.provider_keys import KeyOfTenant, ProviderKeys, every_tenants, one_tenants
+from behest_proxy.app.replies import Replies
 from behest_proxy.app.settings import Settings, secret_in
 from behest_proxy.app.signing import SigningKeys
+from behest_proxy.app.turns import Turns
 from behest_proxy.errors import Draining, LedgerUnavailable
 from behest_proxy.holding import METERED_SHARES
 from behest_proxy.identity.addresses import networks_in
@@ -101,7 +104,12 @@ class Gateway:
         self.live: set[Conduct] = set()
         self.memory = Memory(settings.journal_dir)
         self.workload = settings.workload
-        self.provider_keys = ProviderKeys(_key_of_tenant(settings))
+        key_of_tenant = _key_of_tenant(settings)
+        self.provider_keys = ProviderKeys(key_of_tenant)
+        self.replies_pool: Connection = None
+        """A connection of their own: what is said waits for money, never the other way round."""
+        self.replies = Replies(Vault(key_of_tenant), lambda: self.holder.holder_id)
+        self._replies_task: asyncio.Task[None] | None = None
         self.mounted = MountedFiles(settings)
         self.draining = False
         self.leaving = False
@@ -137,12 +145,20 @@ class Gateway:
             logger.warning("settling %d requests that an earlier life of this process left", len(left))
         self._memory_task = asyncio.create_task(self.memory.run(), name="journal sync")
         self._holder_task = asyncio.create_task(self.holder.run(self.pool), name="holder")
+        self._replies_task = asyncio.create_task(self.replies.run(self.replies_pool), name="replies")
         self._poll_task = asyncio.create_task(self._poll(), name="configuration poll")
 
     async def _open(self) -> None:
         self.pool = await open_pool(
             self.settings.database_url, application_name=self.settings.name, pooler=self.settings.database_pooler
         )
+        self.replies_pool = await open_pool(
+            self.settings.database_url,
+            size=1,
+            application_name=self.settings.name,
+            pooler=self.settings.database_pooler,
+        )
+        self.turns = Turns(self.replies, self.replies_pool)
         await check_schema(self.pool)
         await self.signing_keys.register(self.pool)
         await self._load()
@@ -160,7 +176,7 @@ class Gateway:
 
     async def aclose(self) -> None:
         """Write what is left to the books and close everything."""
-        for task in (self._poll_task, self._memory_task, self._holder_task):
+        for task in (self._poll_task, self._memory_task, self._holder_task, self._replies_task):
             if task is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
@@ -168,6 +184,7 @@ class Gateway:
         await self.admissions.aclose()
         if not await self.writer.flush(STOP_FLUSH_S):
             logger.error("%d settlements could not be written before the end", self.writer.backlog)
+        await self.replies.flush(STOP_FLUSH_S)
         await self.writer.aclose()
         await self.desk.aclose()
         if self.pool is not None and self.holder.deadline_s:
@@ -175,8 +192,9 @@ class Gateway:
         await self.issuer_keys.aclose()
         await self.upstream.aclose()
         await self.api_keys.aclose()
-        if self.pool is not None:
-            self.pool.terminate()
+        for pool in (self.pool, self.replies_pool):
+            if pool is not None:
+                pool.terminate()
         self.memory.close()
 
     @property
@@ -217,7 +235,7 @@ class Gateway:
         except Exception as error:
             logger.exception("request %s failed at its admission", conduct.admission.request_id)
             if not conduct.answered.done():
-                conduct.answered.set_exception(error)
+                conduct.failed(error)
             # Whether a hold exists is not known any more: voiding it moves nothing where there is none.
             self.live.discard(conduct)
             self.writer.submit(void(conduct.admission.tenant_id, conduct.admission.request_id, Outcome.CRASHED))
@@ -300,7 +318,7 @@ class Gateway:
         while True:
             await asyncio.sleep(POLL_S)
             try:
-                await self.mounted.reread(self.pool, self.signing_keys)
+                await self.mounted.reread(self.pool, self.signing_keys, self.replies_pool)
                 async with asking(self.pool) as connection:
                     version = await connection.fetchval("SELECT version FROM ledger.configuration_version")
                 self._heard()

@@ -42,17 +42,18 @@ class MountedFiles:
             self._signing_pem = pem
             logger.info("signing with the key of %s", self._settings.signing_key_file)
 
-    async def reread(self, pool: Connection, signing_keys: SigningKeys) -> None:
+    async def reread(self, pool: Connection, signing_keys: SigningKeys, *others: Connection) -> None:
         """Use what has changed. What cannot be read or used is left for the next look, and said.
 
-        Raises `LedgerError`.
+        `others` are further pools of the same login. Raises `LedgerError`.
         """
         settings = self._settings
         try:
             if settings.database_url_file is not None:
                 dsn = secret_in(settings.database_url_file, "BEHEST_DATABASE_URL_FILE")
                 if dsn != self._dsn:
-                    await use_dsn(pool, dsn, application_name=settings.name, pooler=settings.database_pooler)
+                    for one in (pool, *others):
+                        await use_dsn(one, dsn, application_name=settings.name, pooler=settings.database_pooler)
                     self._dsn = dsn
                     logger.info("connecting to the ledger by the login of %s", settings.database_url_file)
             pem = settings.signing_key_file.read_bytes()

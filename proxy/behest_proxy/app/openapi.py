@@ -14,6 +14,7 @@ from behest_ledger.focus.csv_file import CsvFile
 from behest_ledger.focus.parquet_file import ParquetFile
 from behest_ledger.store.usage import SESSIONS_MAX, Granularity
 from behest_proxy.app.billing import FORMATS
+from behest_proxy.app.thread_endpoints import LIMIT_DEFAULT, LIMIT_MAX
 from behest_proxy.identity.caller import ROLES
 from behest_proxy.identity.mint import TTL_DEFAULT_S, TTL_MAX_S, TTL_MIN_S, MintAnswer
 
@@ -25,6 +26,8 @@ _ERRORS = {
     "402": "a budget cannot pay: `quota_exceeded`",
     "403": "another tenant, project, session or role, or something is suspended: `forbidden`",
     "404": "`not_found`",
+    "409": "the thread's broken reply cannot be continued so: `cannot_continue`; a key is another request's:"
+    " `conflict`; its request runs elsewhere: `in_progress`",
     "413": "`request_too_large`",
     "429": "a tier's rate, or the provider's, is used up: `rate_limited`, `upstream_rate_limited`",
     "500": "our fault: `server_error`",
@@ -117,6 +120,18 @@ SCHEMAS: dict[str, Schema] = {
             "sessions": {**_COUNT, "description": "how many there are"},
         }
     ),
+    "Thread": _object(
+        {"id": _TEXT, "object": {"const": "thread"}, "messages": _COUNT, "created_at": _TIME, "updated_at": _TIME}
+    ),
+    "Message": _object(
+        {
+            "id": {"type": "integer", "minimum": 1, "description": "counts up from 1 in a thread"},
+            "role": _TEXT,
+            "content": {"type": ["string", "array", "null"], "items": {"type": "object"}},
+            "created_at": _TIME,
+            "complete": {"type": "boolean", "description": "false: a reply that broke off, or is still under way"},
+        }
+    ),
     "BillingUsage": _object(
         {
             "project_id": _TEXT,
@@ -136,6 +151,8 @@ _FROM = _query("from", _TIME_PARAMETER, "the begin, included (default: 30 days b
 _FROM_BY_TIME = _query("from", _TIME_PARAMETER, "the begin, included (default: 30 days before `to`, by the minute 7)")
 _TO = _query("to", _TIME_PARAMETER, "the end, not included (default: now)")
 _THREAD = {"name": "thread_id", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+_LIMIT = _query("limit", {"type": "integer", "minimum": 1, "maximum": LIMIT_MAX, "default": LIMIT_DEFAULT}, "how many")
+_VISIBLE: Schema = {"type": "string", "pattern": "^[!-~]{1,255}$"}
 _SESSION = {
     "name": "X-Session-Id",
     "in": "header",
@@ -143,6 +160,26 @@ _SESSION = {
     "schema": {"type": "string", "pattern": "^[!-~]{1,255}$"},
     "description": "whose budget pays; must be the token's `sid` where that has one",
 }
+
+
+def _header(name: str, schema: Schema, text: str) -> Schema:
+    return {"name": name, "in": "header", "required": False, "schema": schema, "description": text}
+
+
+_KEPT = (
+    _header(
+        "Idempotency-Key", _VISIBLE, "the same call with the same key within 24 hours gets the same answer, once paid"
+    ),
+    _header(
+        "X-Thread-Id", _VISIBLE, "the thread that this belongs to, by the client's own name; made by its first call"
+    ),
+    _header("X-Event-Ids", {"enum": ["1"]}, "events of the stream bear ids"),
+    _header(
+        "Last-Event-ID",
+        {"type": "string", "pattern": "^[0-9a-f]{32}-[0-9]{1,9}$"},
+        "the last id that was read of the thread's last reply: what comes behind it is asked for",
+    ),
+)
 
 
 def _operation(
@@ -156,6 +193,7 @@ def _operation(
     body: str | None = None,
     stream: bool = False,
     media_types: tuple[str, ...] = ("application/json",),
+    empty: bool = False,
 ) -> Schema:
     content: Schema = {media_type: {"schema": answer} for media_type in media_types}
     if stream:
@@ -166,7 +204,7 @@ def _operation(
         "summary": text,
         "security": [{security: []}] if security else [],
         "responses": {
-            "200": {"description": "as asked", "content": content},
+            **({"204": {"description": "done"}} if empty else {"200": {"description": "as asked", "content": content}}),
             **{code: {"$ref": f"#/components/responses/{code}"} for code in codes},
         },
     }
@@ -194,6 +232,38 @@ def _export() -> Schema:
     )
 
 
+def _thread_paths() -> dict[str, Any]:
+    thread: dict[str, Any] = {"errors": "404", "parameters": (_THREAD,)}
+    behind = _query("before", _VISIBLE, "a thread's id: those behind it")
+    earlier = _query(
+        "before", {"type": "integer", "minimum": 1, "maximum": 10**9 - 1}, "a message's id: those before it"
+    )
+    return {
+        "/v1/threads": {
+            "get": _operation(
+                "threads",
+                "The caller's threads, the one that was used last first",
+                _list(_ref("Thread")),
+                errors="400",
+                parameters=(_LIMIT, behind),
+            )
+        },
+        "/v1/threads/{thread_id}": {
+            "get": _operation("thread", "One of them", _ref("Thread"), **thread),
+            "delete": _operation("deleteThread", "Delete it and all that was said in it", {}, empty=True, **thread),
+        },
+        "/v1/threads/{thread_id}/messages": {
+            "get": _operation(
+                "messages",
+                "What was said last, in its order",
+                _list(_ref("Message")),
+                errors="400 404 500",
+                parameters=(_THREAD, _LIMIT, earlier),
+            )
+        },
+    }
+
+
 def _paths() -> dict[str, Any]:
     mint = "An API key becomes a short-lived token for one user"
     granularity = {"enum": list(get_args(Granularity)), "default": "day"}
@@ -201,14 +271,12 @@ def _paths() -> dict[str, Any]:
         "chat",
         "OpenAI Chat Completions, streamed or not; what is not described here goes to the provider as it is",
         _ref("ChatAnswer"),
-        errors="400 402 404 413 429 500 502 504",
-        parameters=(_SESSION,),
+        errors="400 402 404 409 413 429 500 502 504",
+        parameters=(_SESSION, *_KEPT),
         body="ChatRequest",
         stream=True,
     )
     minting: dict[str, Any] = {"security": "api_key", "errors": "400 413 429", "body": "MintRequest"}
-    none = "There are no threads yet"
-    thread: dict[str, Any] = {"errors": "404", "parameters": (_THREAD,)}
     usage = (
         _FROM_BY_TIME,
         _TO,
@@ -246,12 +314,7 @@ def _paths() -> dict[str, Any]:
             )
         },
         "/v1/billing/export": {"get": _export()},
-        "/v1/threads": {"get": _operation("threads", "The caller's threads", _list({"type": "object"}))},
-        "/v1/threads/{thread_id}": {
-            "get": _operation("thread", none, {"type": "object"}, **thread),
-            "delete": _operation("deleteThread", none, {"type": "object"}, **thread),
-        },
-        "/v1/threads/{thread_id}/messages": {"get": _operation("messages", none, _list({"type": "object"}), **thread)},
+        **_thread_paths(),
         "/openapi.json": {"get": _operation("description", "This", {"type": "object"}, security=None)},
     }
 

@@ -60,7 +60,15 @@ def add_parser(subparsers: Any) -> None:
     top.add_argument(
         "--interval", type=_seconds, default=2.0, metavar="SECONDS", help="between two looks (default: %(default)s)"
     )
-    keep = commands.add_parser(
+    for command in (migrate, verify, top, _add_keep(commands)):
+        add_database_arguments(command)
+    add_export_parser(commands)
+    add_correct_parser(commands)
+    add_role_parser(commands)
+
+
+def _add_keep(commands: Any) -> argparse.ArgumentParser:
+    keep: argparse.ArgumentParser = commands.add_parser(
         "keep",
         help="end what sidecars left behind, until stopped",
         description="Run the keeper until SIGTERM or SIGINT: holds of sidecars that are gone go to suspense and are"
@@ -94,11 +102,15 @@ def add_parser(subparsers: Any) -> None:
     keep.add_argument(
         "--drop", action="store_true", help="drop the months that are taken out; only their balances and seals stay"
     )
-    for command in (migrate, verify, top, keep):
-        add_database_arguments(command)
-    add_export_parser(commands)
-    add_correct_parser(commands)
-    add_role_parser(commands)
+    keep.add_argument(
+        "--thread-days",
+        type=_days,
+        default=90,
+        metavar="DAYS",
+        help="threads are deleted so long after their last message, unless their project says otherwise"
+        " (default: %(default)s)",
+    )
+    return keep
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -136,6 +148,13 @@ def _months(text: str) -> int:
     return value
 
 
+def _days(text: str) -> int:
+    value = int(text)
+    if not 1 <= value <= 36_500:
+        raise argparse.ArgumentTypeError(f"{text} is not between 1 and 36500 days")
+    return value
+
+
 async def _keep(dsn: str, arguments: argparse.Namespace) -> int:
     from behest_ledger.store.errors import LedgerUnavailableError
     from behest_ledger.store.keeper import Keeper
@@ -157,6 +176,7 @@ async def _keep(dsn: str, arguments: argparse.Namespace) -> int:
         policy=arguments.policy,
         retention_months=arguments.retention_months,
         drop_months=arguments.drop,
+        thread_days=arguments.thread_days,
     )
     loop = asyncio.get_running_loop()
     work = loop.create_task(keeper.run(), name="keeper")

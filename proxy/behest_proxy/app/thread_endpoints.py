@@ -1,0 +1,152 @@
+"""`/v1/threads`: the caller's threads, their messages, and their deletion. Another user's thread is none."""
+
+import time
+from typing import Any
+from urllib.parse import unquote
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from behest_ledger.sealing import SealingError
+from behest_ledger.store import replay, threads
+from behest_ledger.store.errors import LedgerError
+from behest_ledger.store.threads import StoredMessage, StoredThread, ThreadKey
+from behest_proxy.app.callers import caller_of, project_of
+from behest_proxy.app.context import context_of
+from behest_proxy.app.gateway import Gateway
+from behest_proxy.app.messages import json_response
+from behest_proxy.app.turns import thread_key
+from behest_proxy.chunk import loads
+from behest_proxy.errors import InvalidRequest, LedgerUnavailable, MethodNotAllowed, NotFound, ServerError
+from behest_proxy.identity.caller import is_session_id
+from behest_proxy.threads import reply_of
+
+LIMIT_DEFAULT = 100
+LIMIT_MAX = threads.LISTED_MAX
+
+
+class ThreadEndpoints:
+    """One method an endpoint."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    async def threads(self, request: Request) -> Response:
+        """`GET /v1/threads?limit&before`: the one that was used last comes first."""
+        whose = self._whose(request, "")
+        before = request.query_params.get("before")
+        if before is not None and not is_session_id(before):
+            raise InvalidRequest("before: must be a thread's id", param="before")
+        limit = _limit(request)
+        try:
+            found = await threads.list_threads(self._pool, whose, limit=limit, before=before)
+        except LedgerError:
+            raise _ledger_away() from None
+        return json_response([_thread(one) for one in found])
+
+    async def one(self, request: Request) -> Response:
+        """`/v1/threads/{id}` and `/v1/threads/{id}/messages`. An id may have a slash: it is percent-encoded."""
+        parts = bytes(request.scope["raw_path"]).partition(b"?")[0].split(b"/")[3:]
+        thread_id = unquote(parts[0].decode("latin-1"))
+        whose = self._whose(request, thread_id)
+        if not is_session_id(thread_id) or len(parts) > 2 or parts[1:] not in ([], [b"messages"]):
+            raise _no_thread()
+        if not parts[1:]:
+            return await self._thread(request, whose)
+        if request.method == "DELETE":
+            raise MethodNotAllowed("messages are deleted with their thread")
+        return await self._messages(request, whose)
+
+    async def _thread(self, request: Request, whose: ThreadKey) -> Response:
+        """`GET /v1/threads/{id}`, or its deletion."""
+        try:
+            if request.method == "DELETE":
+                if not await threads.delete_thread(self._pool, whose):
+                    raise _no_thread()
+                return Response(status_code=204)
+            found = await threads.find_thread(self._pool, whose)
+        except LedgerError:
+            raise _ledger_away() from None
+        if found is None:
+            raise _no_thread()
+        return json_response(_thread(found))
+
+    async def _messages(self, request: Request, whose: ThreadKey) -> Response:
+        """`GET /v1/threads/{id}/messages?limit&before`: the last ones, in the order in which they were said."""
+        limit, before = _limit(request), request.query_params.get("before")
+        if before is not None and not (before.isascii() and before.isdigit() and len(before) < 10):
+            raise InvalidRequest("before: must be a message's id", param="before")
+        try:
+            if await threads.find_thread(self._pool, whose) is None:
+                raise _no_thread()
+            found = await threads.load_messages(
+                self._pool,
+                whose,
+                self._gateway.replies.vault,
+                limit=limit,
+                before=None if before is None else int(before),
+            )
+            return json_response([await self._message(whose, one) for one in found])
+        except LedgerError:
+            raise _ledger_away() from None
+        except SealingError as error:
+            raise ServerError(f"the thread cannot be read here: {error}") from None
+
+    async def _message(self, whose: ThreadKey, message: StoredMessage) -> dict[str, Any]:
+        if message.content is not None:
+            said = loads(message.content)
+        elif message.generation_id is not None:
+            events, _ = await replay.load_events(
+                self._pool,
+                self._gateway.replies.vault,
+                tenant_id=whose.tenant_id,
+                generation_id=message.generation_id,
+            )
+            said = reply_of(events)
+        else:
+            said = {}
+        return {
+            **said,
+            "id": message.number,
+            "role": message.role,
+            "content": said.get("content"),
+            "created_at": message.created_at,
+            "complete": message.state == "whole",
+        }
+
+    @property
+    def _pool(self) -> Any:
+        return self._gateway.replies_pool
+
+    def _whose(self, request: Request, thread_id: str) -> ThreadKey:
+        context = context_of(request.scope)
+        caller = caller_of(self._gateway, context, request.scope["headers"], time.time())
+        project_of(self._gateway, caller, context)
+        return thread_key(caller, thread_id)
+
+
+def _limit(request: Request) -> int:
+    text = request.query_params.get("limit")
+    if text is None:
+        return LIMIT_DEFAULT
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and 1 <= int(text) <= LIMIT_MAX):
+        raise InvalidRequest(f"limit: must be from 1 to {LIMIT_MAX}", param="limit")
+    return int(text)
+
+
+def _thread(thread: StoredThread) -> dict[str, Any]:
+    return {
+        "id": thread.thread_id,
+        "object": "thread",
+        "messages": thread.messages,
+        "created_at": thread.created_at,
+        "updated_at": thread.updated_at,
+    }
+
+
+def _no_thread() -> NotFound:
+    return NotFound("there is no such thread")
+
+
+def _ledger_away() -> LedgerUnavailable:
+    return LedgerUnavailable("the ledger cannot be reached", retry_after_s=1)

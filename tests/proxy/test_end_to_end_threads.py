@@ -1,0 +1,353 @@
+"""Threads against the whole system: what is remembered, for whom, and that a broken reply goes on."""
+
+import random
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from proxy.thread_clients import HI, Heard, Reader, messages_of, sent_to_the_provider, texts
+from stack import Project, Stack, wait_until
+
+
+@pytest.fixture(scope="module")
+def project(stack: Stack) -> Project:
+    return stack.project(project="  systemPrompt: You are kind.\n  memory: {window: 6}")
+
+
+@pytest.fixture
+def reader(project: Project, request: pytest.FixtureRequest) -> Reader:
+    return Reader(project, request.node.name.replace("[", "-").replace("]", "")[:200])
+
+
+def test_a_thread_remembers_what_was_said_and_begins_with_the_projects_prompt(reader: Reader) -> None:
+    first = reader.ask(HI, sim={"text": "Hello, friend."})
+    assert first.status_code == 200, first.text
+    thread = reader.headers["X-Thread-Id"]
+    messages_of(reader, thread, number=2)
+    second = reader.stream({"role": "user", "content": "How are you?"}, sim={"text": "Fine."})
+    assert (second.text, second.is_done) == ("Fine.", True)
+    assert texts(sent_to_the_provider(reader.project, second)) == [
+        ("system", "You are kind."),
+        ("user", "Hi"),
+        ("assistant", "Hello, friend."),
+        ("user", "How are you?"),
+    ]
+    messages = messages_of(reader, thread, number=4)
+    assert texts(messages) == [
+        ("user", "Hi"),
+        ("assistant", "Hello, friend."),
+        ("user", "How are you?"),
+        ("assistant", "Fine."),
+    ]
+    assert [message["id"] for message in messages] == [1, 2, 3, 4]
+    assert all(message["complete"] for message in messages)
+    one = reader.get(f"/v1/threads/{thread}").json()
+    assert (one["id"], one["messages"]) == (thread, 4)
+    assert thread in [each["id"] for each in reader.get("/v1/threads").json()]
+    last = reader.get(f"/v1/threads/{thread}/messages?limit=1&before=4").json()
+    assert texts(last) == [("user", "How are you?")]
+
+
+def test_a_client_that_sends_everything_again_is_not_heard_twice(reader: Reader) -> None:
+    thread = reader.headers["X-Thread-Id"]
+    reader.ask(HI, sim={"text": "Hello."})
+    said = messages_of(reader, thread, number=2)
+    again = [{"role": one["role"], "content": one["content"]} for one in said]
+    answer = reader.ask(*again, {"role": "user", "content": "And now?"}, sim={"text": "Now this."})
+    assert texts(sent_to_the_provider(reader.project, answer))[1:] == [*texts(said), ("user", "And now?")]
+    assert texts(messages_of(reader, thread, number=4)) == [
+        *texts(said),
+        ("user", "And now?"),
+        ("assistant", "Now this."),
+    ]
+
+
+def test_the_window_of_memory_is_the_projects_and_begins_with_a_question(reader: Reader) -> None:
+    thread = reader.headers["X-Thread-Id"]
+    for number in range(5):
+        reader.ask({"role": "user", "content": f"question {number}"}, sim={"text": f"Answer {number}."})
+        messages_of(reader, thread, number=2 * number + 2)
+    answer = reader.ask({"role": "user", "content": "last"}, sim={"text": "Done."})
+    sent = texts(sent_to_the_provider(reader.project, answer))
+    assert sent[:2] == [("system", "You are kind."), ("user", "question 2")]
+    assert len(sent) == 1 + 6 + 1
+
+
+def test_another_users_thread_of_the_same_name_is_another_thread_and_is_not_found(reader: Reader) -> None:
+    thread = reader.headers["X-Thread-Id"]
+    reader.ask(HI, sim={"text": "For the first."})
+    messages_of(reader, thread, number=2)
+    other = Reader(reader.project, thread, user="u2")
+    for path in (f"/v1/threads/{thread}", f"/v1/threads/{thread}/messages"):
+        assert (other.get(path).status_code, other.get(path).json()["error"]["code"]) == (404, "not_found")
+    assert other.delete(f"/v1/threads/{thread}").status_code == 404
+    assert other.get("/v1/threads").json() == []
+    answer = other.ask(HI, sim={"text": "For the second."})
+    assert texts(sent_to_the_provider(reader.project, answer))[1:] == [("user", "Hi")]
+    assert texts(messages_of(other, thread, number=2))[1] == ("assistant", "For the second.")
+    assert texts(messages_of(reader, thread, number=2))[1] == ("assistant", "For the first.")
+
+
+def test_a_threads_name_may_have_what_a_path_has(project: Project) -> None:
+    reader = Reader(project, "a/b%2Fc?d")
+    reader.ask(HI, sim={"text": "Hello."})
+    path = "/v1/threads/a%2Fb%252Fc%3Fd"
+    wait_until(lambda: reader.get(path).status_code == 200, what="the thread")
+    assert reader.get(path).json()["id"] == "a/b%2Fc?d"
+    assert len(reader.get(path + "/messages").json()) == 2
+    assert reader.delete(path + "/messages").status_code == 405
+    assert reader.get(path + "/else").status_code == reader.get("/v1/threads/").status_code == 404
+    assert reader.delete(path).status_code == 204
+
+
+def test_a_deleted_thread_is_gone_with_its_messages_and_the_chunks_of_its_replies(reader: Reader) -> None:
+    thread = reader.headers["X-Thread-Id"]
+    heard = reader.stream(HI, more={"X-Event-Ids": "1"}, sim={"text": "A secret word."})
+    assert heard.ids
+    messages_of(reader, thread, number=2)
+    tables = ("thread", "thread_message", "generation", "generation_chunk")
+
+    def rows(table: str) -> int:
+        sql = f"SELECT count(*) AS n FROM ledger.{table} WHERE tenant_id = $1"
+        if table == "thread":
+            sql += f" AND thread_id = '{thread}'"
+        elif table == "generation_chunk" or table == "generation":
+            sql += f" AND generation_id = '{heard.ids[0].split('-')[0]}'"
+        else:
+            sql += f" AND thread_key = '{key}'"
+        return int(reader.project.stack.query(sql, reader.project.namespace)[0]["n"])
+
+    key = reader.project.stack.query("SELECT thread_key FROM ledger.thread WHERE thread_id = $1", thread)[0][
+        "thread_key"
+    ]
+    assert all(rows(table) > 0 for table in tables)
+    answer = reader.delete(f"/v1/threads/{thread}")
+    assert (answer.status_code, answer.content) == (204, b"")
+    assert [rows(table) for table in tables] == [0, 0, 0, 0]
+    assert reader.get(f"/v1/threads/{thread}").status_code == 404
+    assert reader.delete(f"/v1/threads/{thread}").status_code == 404
+
+
+def test_a_call_that_a_budget_refuses_leaves_no_thread(stack: Stack) -> None:
+    poor = Reader(stack.project(limit_usd="0.00000001"), "t")
+    assert poor.ask(HI).status_code == 402
+    assert poor.get("/v1/threads").json() == []
+
+
+def test_a_suspended_project_neither_speaks_nor_remembers(stack: Stack) -> None:
+    project = stack.project()
+    reader = Reader(project, "t")
+    reader.ask(HI, sim={"text": "Hello."})
+    messages_of(reader, "t", number=2)
+    stack.apply(
+        f"""
+apiVersion: behest.ai/v1alpha1
+kind: Project
+metadata: {{name: app, namespace: {project.namespace}}}
+spec: {{tenant: {project.namespace}, suspended: true}}
+"""
+    )
+    for answer in (reader.ask(HI), reader.get("/v1/threads"), reader.get("/v1/threads/t/messages")):
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "forbidden")
+
+
+@pytest.mark.parametrize(
+    ("more", "body", "status"),
+    [
+        ({"X-Thread-Id": "with space"}, {}, 400),
+        ({}, {"n": 2}, 400),
+        ({"Last-Event-ID": "nonsense"}, {"stream": True}, 400),
+        ({"Last-Event-ID": "0" * 32 + "-1"}, {"stream": True}, 409),
+    ],
+)
+def test_what_a_thread_cannot_do_is_refused_by_name(
+    reader: Reader, more: dict[str, str], body: dict[str, Any], status: int
+) -> None:
+    answer = reader.ask(HI, more=more, **body)
+    assert answer.status_code == status, answer.text
+    assert answer.json()["error"]["code"] == ("cannot_continue" if status == 409 else "validation_error")
+
+
+# Reconnecting
+
+TEXT = "One two three four five six seven eight nine ten eleven twelve. " * 4
+SLOW = {"text": TEXT, "chunk_interval_ms": 4, "continue_assistant": True}
+
+
+def test_a_client_with_ids_that_loses_its_connection_again_and_again_reads_the_uncut_text(stack: Stack) -> None:
+    project = stack.project()
+    numbers = random.Random(11)
+    counted = set[str]()
+    for case in range(12):
+        reader = Reader(project, f"cut-{case}")
+        text, last, attempts, ids = "", "", 0, list[str]()
+        while True:
+            attempts += 1
+            sim = dict(SLOW)
+            by_provider = numbers.random() < 0.4
+            if by_provider and attempts == 1:
+                sim["reset_after_chunks"] = numbers.randrange(0, 50)
+            more = {"Last-Event-ID": last} if last else {"X-Event-Ids": "1"}
+            heard = reader.stream(HI, leave_after=None if by_provider else numbers.randrange(0, 40), more=more, sim=sim)
+            assert heard.status == 200, heard.error
+            text += heard.text
+            ids += heard.ids
+            last = heard.ids[-1] if heard.ids else last
+            if heard.is_done and heard.error is None:
+                break
+            assert attempts < 60
+        assert text == TEXT
+        assert len({one.split("-")[0] for one in ids}) == 1
+        assert [int(one.split("-")[1]) for one in ids] == list(range(1, len(ids) + 1)), "neither a gap nor a repetition"
+        counted.add(f"cut-{case}")
+        assert texts(messages_of(reader, f"cut-{case}", number=2)) == [("user", "Hi"), ("assistant", TEXT)]
+    rows = stack.query(
+        "SELECT attributes ->> 'thread' AS thread, sum(output_tokens) AS output, count(*) AS requests"
+        " FROM ledger.request_now WHERE project_id = $1 GROUP BY 1",
+        project.project_id,
+    )
+    assert {row["thread"] for row in rows} == counted
+    whole = Reader(project, "uncut").stream(HI, sim=SLOW)
+    assert whole.text == TEXT
+    exactly = project.settled(number=sum(row["requests"] for row in rows) + 1)[-1]["output_tokens"]
+    # What is delivered is billed once; a word that was cut in two by a provider's restart may be one token more.
+    for row in rows:
+        assert exactly <= row["output"] <= exactly + row["requests"], row
+
+
+def test_without_ids_a_reply_that_the_provider_broke_goes_on_where_it_was(reader: Reader) -> None:
+    first = reader.stream(HI, sim={**SLOW, "reset_after_chunks": 20})
+    assert first.error is not None
+    assert first.error["code"] == "upstream_error"
+    second = reader.stream(HI, sim=SLOW)
+    assert second.error is None
+    assert first.text + second.text == TEXT
+    sent = sent_to_the_provider(reader.project, second)
+    assert sent[-2] == {"role": "assistant", "content": first.text}
+    assert "Continue it exactly where it ends" in sent[-1]["content"]
+    rows = [row for row in reader.project.settled(number=2) if "attempt" in row["facts"]]
+    assert rows[-1]["facts"]["attempt"] == 2
+    third = reader.stream(HI, sim={"text": "Another turn."})
+    assert third.text == "Another turn."
+    assert len(messages_of(reader, reader.headers["X-Thread-Id"], number=4)) == 4
+
+
+def test_a_whole_reply_is_replayed_from_any_event_and_costs_nothing(reader: Reader) -> None:
+    heard = reader.stream(HI, more={"X-Event-Ids": "1"}, sim={"text": "All of it is here."})
+    messages_of(reader, reader.headers["X-Thread-Id"], number=2)
+    before = len(reader.project.settled())
+    for number in (0, 1, 3, len(heard.ids)):
+        generation = heard.ids[0].split("-")[0]
+        again = reader.stream(HI, more={"Last-Event-ID": f"{generation}-{number}"})
+        assert (again.status, again.is_done, again.error) == (200, True, None)
+        assert again.ids == heard.ids[number:]
+    assert len(reader.project.settled()) == before
+    assert len(messages_of(reader, reader.headers["X-Thread-Id"], number=2)) == 2
+
+
+def test_what_does_not_stream_goes_on_too_and_is_given_whole(reader: Reader) -> None:
+    first = reader.ask(HI, sim={**SLOW, "reset_after_chunks": 9})
+    assert first.status_code == 502
+    second = reader.ask(HI, sim=SLOW)
+    assert second.json()["choices"][0]["message"]["content"] == TEXT
+    assert second.json()["usage"]["completion_tokens"] < 60
+
+
+def test_the_callers_own_limit_holds_for_all_attempts_together(reader: Reader) -> None:
+    first = reader.stream(HI, max_tokens=30, sim={**SLOW, "reset_after_chunks": 20})
+    second = reader.stream(HI, max_tokens=30, sim=SLOW)
+    seen = reader.project.stack.sim_request(second.headers["x-request-id"])
+    assert seen is not None
+    assert seen["body"]["max_completion_tokens" if "max_completion_tokens" in seen["body"] else "max_tokens"] == 10
+    assert TEXT.startswith(first.text + second.text)
+
+
+@pytest.mark.parametrize("capability", ["None", "Prefix", "ContinueFinalMessage"])
+def test_how_a_provider_continues_is_its_own(stack: Stack, capability: str) -> None:
+    project = stack.project(upstream=f"  capabilities: {{continuation: {capability}}}")
+    reader = Reader(project, "t")
+    first = reader.stream(HI, sim={**SLOW, "reset_after_chunks": 10})
+    second = reader.stream(HI, sim=SLOW)
+    if capability == "None":
+        assert (second.status, second.error and second.error["code"]) == (409, "cannot_continue")
+        assert second.headers["x-should-retry"] == "false"
+        assert reader.stream({"role": "user", "content": "Another one"}, sim={"text": "Yes."}).text == "Yes."
+        return
+    assert first.text + second.text == TEXT
+    seen = project.stack.sim_request(second.headers["x-request-id"])
+    assert seen is not None
+    last = seen["body"]["messages"][-1]
+    assert last["content"] == first.text
+    if capability == "Prefix":
+        assert last["prefix"] is True
+    else:
+        assert (seen["body"]["continue_final_message"], seen["body"]["add_generation_prompt"]) == (True, False)
+
+
+def test_a_reply_that_broke_inside_a_tool_call_cannot_be_continued(reader: Reader) -> None:
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
+    reader.stream(HI, tools=tools, sim={"tool_calls": 1, "output_tokens": 40, "reset_after_chunks": 5})
+    heard = reader.stream(HI, tools=tools)
+    assert (heard.status, heard.error and heard.error["code"]) == (409, "cannot_continue")
+
+
+def test_a_reply_that_still_runs_for_a_client_that_is_gone_unnoticed_is_taken_over(reader: Reader) -> None:
+    with httpx.stream(
+        "POST",
+        reader.base_url + "/v1/chat/completions",
+        headers={**reader.headers, "X-Event-Ids": "1"},
+        json={"messages": [HI], "stream": True, "sim": {**SLOW, "chunk_interval_ms": 15}},
+        timeout=30,
+    ) as answer:
+        first = Heard()
+        lines = answer.iter_lines()
+        for line in lines:
+            first.line(line)
+            if first.events >= 8:
+                break
+        second = reader.stream(HI, more={"Last-Event-ID": first.ids[-1]}, sim=SLOW)
+        assert (second.status, second.error) == (200, None)
+        for line in lines:
+            first.line(line)
+    assert first.error is not None
+    assert first.error["code"] == "conflict"
+    # What the first connection got beyond its last id, the second one got again: by its ids that is seen.
+    known = dict.fromkeys(first.ids[:8])
+    assert first.ids[8 : len(first.ids)] == second.ids[: len(first.ids) - 8]
+    assert len(known) == 8
+    assert second.text
+    assert TEXT.endswith(second.text)
+
+
+def test_another_sidecar_takes_a_broken_reply_over(stack: Stack, reader: Reader) -> None:
+    with stack.another_sidecar() as base_url:
+        first = reader.stream(HI, more={"X-Event-Ids": "1"}, leave_after=15, sim=SLOW)
+        elsewhere = Reader(reader.project, reader.headers["X-Thread-Id"], base_url=base_url)
+        second = elsewhere.stream(HI, more={"Last-Event-ID": first.ids[-1]}, sim=SLOW)
+        assert (second.status, second.error) == (200, None)
+        assert first.text + second.text == TEXT
+
+
+def test_the_unmodified_openai_client_repeats_a_call_and_reads_on(reader: Reader) -> None:
+    text = ""
+    with openai.OpenAI(
+        base_url=reader.base_url + "/v1", api_key=reader.headers["Authorization"].partition(" ")[2], max_retries=0
+    ) as client:
+        for attempt in range(6):
+            sim = {**SLOW, "reset_after_chunks": 10} if attempt == 0 else SLOW
+            stream = client.chat.completions.create(
+                model="gpt-4o-mini",
+                messages=[{"role": "user", "content": "Hi"}],
+                stream=True,
+                extra_headers={"X-Thread-Id": reader.headers["X-Thread-Id"]},
+                extra_body={"sim": sim},
+            )
+            try:
+                for chunk in stream:
+                    text += chunk.choices[0].delta.content or ""
+            except openai.APIError:
+                continue
+            break
+    assert text == TEXT
