@@ -29,6 +29,7 @@ UNION ALL SELECT indexdef FROM pg_indexes WHERE schemaname = 'ledger'
 UNION ALL
 SELECT tgrelid::regclass || ' ' || tgname || ' ' || tgtype || ' ' || tgenabled::text || ' ' || tgfoid::regproc
 FROM pg_trigger WHERE tgrelid IN (SELECT oid FROM pg_class WHERE relnamespace = 'ledger'::regnamespace)
+  AND NOT tgisinternal
 UNION ALL
 SELECT CASE prokind WHEN 'a' THEN oid::regprocedure::text ELSE pg_get_functiondef(oid) END || coalesce(proacl::text, '')
 FROM pg_proc p WHERE pronamespace = 'ledger'::regnamespace

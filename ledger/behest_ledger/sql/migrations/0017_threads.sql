@@ -239,7 +239,8 @@ END
 $$;
 
 -- Take an idempotency key for a request, or say what became of it. Answers "new" (it is ours now), "conflict" (it was
--- another request), "keys" (the user has too many), or the state of its generation. A key whose sidecar died is new again.
+-- another request), "keys" (the user has too many), or the state of its generation. A key whose sidecar died is new again,
+-- unless a thread has its reply.
 CREATE FUNCTION ledger.claim_key_v1(
     p_tenant text, p_project text, p_user text, p_key bytea, p_request bytea, p_generation uuid, p_holder uuid,
     p_keys_max integer
@@ -268,6 +269,10 @@ BEGIN
         ELSIF EXISTS (SELECT FROM ledger.holder h
                       WHERE h.holder_id = v_generation.holder_id AND ledger.holder_lives_v1(h)) THEN
             RETURN QUERY SELECT 'running', v_key.generation_id, v_key.after_event;
+            RETURN;
+        ELSIF v_generation.thread_key IS NOT NULL THEN
+            -- Its sidecar died, and its thread has what it said: it may go on.
+            RETURN QUERY SELECT 'broken', v_key.generation_id, v_key.after_event;
             RETURN;
         END IF;
     END IF;
