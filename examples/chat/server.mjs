@@ -4,6 +4,7 @@
  *
  *     npm start                  beside a running `behest up`
  *     BEHEST_BASE_URL=... BEHEST_KEY=... npm start
+ *     NODE_ENV=development npm start      while changing it
  */
 
 import { Behest, BehestError } from "@behest/client-ts";
@@ -12,6 +13,7 @@ import { readFile } from "node:fs/promises";
 import { createServer } from "node:http";
 import { createServer as createVite } from "vite";
 
+process.env.NODE_ENV ??= "production"; // React's development build is several times slower
 const PORT = Number(process.env.PORT ?? 5173);
 const READY_FILE = process.env.BEHEST_READY_FILE ?? new URL("../../.behest/ready.json", import.meta.url);
 
