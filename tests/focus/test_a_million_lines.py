@@ -15,7 +15,7 @@ import pytest
 from behest_ledger.store.pool import connect
 
 LINES = 1_000_000
-MEMORY_MIB_MAX = 250
+MEMORY_MIB_MAX = 160
 """Python, asyncpg and pyarrow take most of it; a row group of Parquet is the rest."""
 
 
