@@ -57,11 +57,13 @@ export async function* streamWithRetry(
   const { attempts = 2, onReconnect, onConnect, sleep = realSleep, random = Math.random, ...request } = options;
   let lastEventId = "";
   let failed = 0;
+  // Until the first event there is no place to name: the key is what makes a repeated call the same call.
+  let key = request.idempotencyKey ?? newKey();
   for (;;) {
     try {
       const stream = await client.chat.completions.create(
         { ...params, stream: true },
-        { ...request, maxRetries: 0, ...(lastEventId ? { lastEventId } : {}) },
+        { ...request, maxRetries: 0, ...(lastEventId ? { lastEventId } : { idempotencyKey: key }) },
       );
       onConnect?.();
       const seen = lastEventId;
@@ -76,10 +78,17 @@ export async function* streamWithRetry(
       if (isFatal(error) || !(error instanceof BehestError) || failed >= attempts) throw error;
       const delayMs = waitMs(error, failed, random);
       failed += 1;
+      // An answer with a status was an answer: the next call is another one.
+      if (error.status !== undefined) key = newKey();
       onReconnect?.({ attempt: failed, delayMs, error });
       await sleep(delayMs, request.signal);
     }
   }
+}
+
+function newKey(): string {
+  const bytes = crypto.getRandomValues(new Uint8Array(16)); // `randomUUID` is there on https and localhost only
+  return Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
 /** Whether an event was received before the break; ids are `<generation>-<number>`, counted within a generation. */

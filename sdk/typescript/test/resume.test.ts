@@ -109,6 +109,15 @@ describe("streamWithRetry", () => {
     expect(played.gateway.seen.length).toBe(1);
   });
 
+  it("repeats a call that nobody answered under its key, and another one after an answer", async () => {
+    const network: Answer = () => { throw new TypeError("fetch failed"); };
+    const played = await play([network, network, failed(503, "draining"), stream([event(chunk("a"), "g-1")], "error"), stream([event(chunk("b", "stop"), "g-2"), DONE])], { attempts: 4 });
+    expect(played.text).toBe("ab");
+    const [first, second, third, fourth, fifth] = played.gateway.seen.map((seen) => seen.headers.get("idempotency-key"));
+    expect(first).toMatch(/^[0-9a-f]{32}$/);
+    expect([second, third, fourth === first, fifth]).toEqual([first, first, false, null]);
+  });
+
   it("tells what it does", async () => {
     const told: string[] = [];
     await play([stream([], "error"), stream([event(chunk("a", "stop")), DONE])], {

@@ -5,7 +5,7 @@ import type { AddressInfo } from "node:net";
 import { afterAll, describe, expect, it } from "vitest";
 
 import { BehestAuthError, BehestBadRequestError, BehestConnectionError, BehestQuotaError, BehestServerError, streamWithRetry } from "@behest/client-ts";
-import { BASE_URL, behest, messages, newUser, POOR_KEY, textOf } from "./system.js";
+import { BASE_URL, behest, messages, newUser, POOR_KEY, textOf, until } from "./system.js";
 
 const servers: Server[] = [];
 afterAll(() => servers.forEach((server) => server.close()));
@@ -105,13 +105,21 @@ describe("what is left and what was used", () => {
 });
 
 describe("streamWithRetry over a network that breaks", () => {
-  it("asks again until an answer comes whole", async () => {
-    const baseURL = await cutting([0, 0]);
-    const client = behest({ baseURL, apiKey: (await (behest().tokens.get({ userId: newUser() }))).token, userId: undefined });
-    const waits: number[] = [];
-    const sleep = async (ms: number): Promise<void> => void waits.push(ms);
-    const text = await textOf(streamWithRetry(client, { messages, sim: { output_tokens: 40 } }, { threadId: newUser(), sleep }));
-    expect(text).toMatch(/^This is simulated text/);
-    expect(waits.length).toBe(2);
+  const sim = { output_tokens: 200, seed: 5, continue_assistant: true };
+
+  it.each([
+    ["before the first byte", [0, 0]],
+    ["once", [3_000]],
+    ["three times, inside of events", [1_111, 2_345, 777]],
+    ["near the end", [39_000, 500]],
+  ])("%s: the text has no gap and no repetition, and its output is billed once", async (_name, cuts) => {
+    const whole = await textOf(await behest().chat.completions.create({ messages, stream: true, sim }));
+    const user = newUser();
+    const { token } = await behest().tokens.get({ userId: user });
+    const client = behest({ baseURL: await cutting([...cuts]), apiKey: token, userId: undefined });
+    const sleep = (): Promise<void> => new Promise((resolve) => setTimeout(resolve, 50));
+    expect(await textOf(streamWithRetry(client, { messages, sim }, { threadId: newUser(), sleep, attempts: 5 }))).toBe(whole);
+    await until(async () => (await client.usage.get()).totals.output_tokens >= 200);
+    expect((await client.usage.get()).totals.output_tokens).toBe(200);
   });
 });
