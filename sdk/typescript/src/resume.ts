@@ -36,6 +36,8 @@ export interface StreamWithRetryOptions extends RequestOptions {
   attempts?: number;
   /** Told before each wait: which try this is, in how many milliseconds it begins, and why. */
   onReconnect?: (event: { attempt: number; delayMs: number; error: BehestError }) => void;
+  /** Told the id of each event: with it as `lastEventId` a later call goes on where this one was left. */
+  onEventId?: (id: string) => void;
   /** Told when a connection stands. */
   onConnect?: () => void;
   /** For tests. */
@@ -54,8 +56,8 @@ export async function* streamWithRetry(
   params: CreateParamsBase & { stream?: true },
   options: StreamWithRetryOptions,
 ): AsyncGenerator<ChatCompletionChunk, void, undefined> {
-  const { attempts = 2, onReconnect, onConnect, sleep = realSleep, random = Math.random, ...request } = options;
-  let lastEventId = "";
+  const { attempts = 2, onReconnect, onConnect, onEventId, sleep = realSleep, random = Math.random, ...request } = options;
+  let lastEventId = request.lastEventId ?? "";
   let failed = 0;
   // Until the first event there is no place to name: the key is what makes a repeated call the same call.
   let key = request.idempotencyKey ?? newKey();
@@ -71,6 +73,7 @@ export async function* streamWithRetry(
         if (isRepeated(stream.lastEventId, seen)) continue;
         lastEventId = stream.lastEventId || lastEventId;
         failed = 0;
+        if (lastEventId) onEventId?.(lastEventId);
         yield chunk;
       }
       return;

@@ -62,6 +62,19 @@ describe("useBehestChat", () => {
     expect(gateway.seen[0]?.body["seed"]).toBe(7);
   });
 
+  it("goes on, where a stopped answer has a place to go on at", async () => {
+    const { behest, gateway } = client(stream([event(chunk("so "), "g-1")], "never"), stream([event(chunk("far", "stop"), "g-2"), DONE]));
+    const { result } = chat(behest);
+    act(() => result.current.send("Hi"));
+    await waitFor(() => expect(result.current.messages[1]?.content).toBe("so "));
+    act(() => result.current.stop());
+    await waitFor(() => expect(result.current.status).toBe("idle"));
+    act(() => result.current.retry());
+    expect(result.current.messages[1]?.content).toBe("so ");
+    await waitFor(() => expect(result.current.messages[1]).toMatchObject({ content: "so far", state: "done" }));
+    expect(gateway.seen[1]?.headers.get("last-event-id")).toBe("g-1");
+  });
+
   it("says that it reconnects", async () => {
     const { behest } = client(stream([event(chunk("a"), "g-1")], "error"), stream([event(chunk("b", "stop"), "g-2"), DONE]));
     const { result } = chat(behest);

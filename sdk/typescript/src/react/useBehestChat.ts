@@ -70,6 +70,8 @@ export function useBehestChat(options: UseBehestChatOptions): BehestChat {
   latest.current = options;
   const current = useRef(state);
   const running = useRef<AbortController | undefined>(undefined);
+  /** Where the last answer broke off, and what came of it: asking again goes on there. */
+  const broken = useRef<{ content: string; lastEventId: string } | undefined>(undefined);
   const asked = useRef<Readonly<Record<string, unknown>> | undefined>(undefined);
 
   // Callbacks come between renders: the truth is here, and React is told of it.
@@ -81,6 +83,7 @@ export function useBehestChat(options: UseBehestChatOptions): BehestChat {
   if (current.current.threadId !== threadId) {
     running.current?.abort();
     running.current = undefined;
+    broken.current = undefined;
     current.current = begin();
     setState(current.current);
   }
@@ -93,18 +96,20 @@ export function useBehestChat(options: UseBehestChatOptions): BehestChat {
   );
 
   const answer = useCallback(
-    async (history: readonly UiMessage[]): Promise<void> => {
+    async (history: readonly UiMessage[], from = { content: "", lastEventId: "" }): Promise<void> => {
       running.current?.abort();
       const abort = new AbortController();
       running.current = abort;
       const isCurrent = (): boolean => running.current === abort;
-      const reply: UiMessage = { id: newId(), role: "assistant", content: "", state: "streaming" };
+      const reply: UiMessage = { id: newId(), role: "assistant", content: from.content, state: "streaming" };
       const patch = (change: Partial<State>, message: Partial<UiMessage> = {}): void => {
         if (!isCurrent()) return;
         update((before) => ({ ...before, ...change, messages: replaced(before.messages, reply.id, message) }));
       };
       update((before) => ({ ...before, messages: [...history, reply], status: "connecting", error: undefined, attempt: 0 }));
-      let shown = "";
+      let shown = from.content;
+      let { lastEventId } = from;
+      broken.current = undefined;
       const show = (text: string): void => {
         shown += text;
         patch({}, { content: shown });
@@ -119,6 +124,8 @@ export function useBehestChat(options: UseBehestChatOptions): BehestChat {
           threadId: latest.current.threadId,
           signal: abort.signal,
           attempts,
+          ...(lastEventId ? { lastEventId } : {}),
+          onEventId: (id) => (lastEventId = id),
           onReconnect: ({ attempt }) => patch({ status: "reconnecting", attempt }),
         });
         for await (const chunk of stream) {
@@ -133,6 +140,9 @@ export function useBehestChat(options: UseBehestChatOptions): BehestChat {
       }
       typewriter.flush();
       if (!isCurrent()) return;
+      // What cannot go on (409) begins anew the next time.
+      const canGoOn = end.state !== "done" && lastEventId !== "" && (error as { status?: number } | undefined)?.status !== 409;
+      broken.current = canGoOn ? { content: shown, lastEventId } : undefined;
       patch({ status: "idle", error, attempt: 0 }, end);
       running.current = undefined;
       latest.current.onEnd?.({ ...reply, content: shown, ...end });
@@ -153,7 +163,7 @@ export function useBehestChat(options: UseBehestChatOptions): BehestChat {
   const retry = useCallback((): void => {
     const { messages, status } = current.current;
     const last = messages.findLastIndex((message) => message.role === "user");
-    if (last >= 0 && status === "idle") void answer(messages.slice(0, last + 1));
+    if (last >= 0 && status === "idle") void answer(messages.slice(0, last + 1), broken.current);
   }, [answer]);
   const dismissError = useCallback((): void => update((before) => ({ ...before, error: undefined })), [update]);
 

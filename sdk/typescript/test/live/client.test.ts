@@ -122,4 +122,25 @@ describe("streamWithRetry over a network that breaks", () => {
     await until(async () => (await client.usage.get()).totals.output_tokens >= 200);
     expect((await client.usage.get()).totals.output_tokens).toBe(200);
   });
+
+  it("an answer that was stopped goes on where it was left", async () => {
+    const whole = await textOf(await behest().chat.completions.create({ messages, stream: true, sim }));
+    const { token } = await behest().tokens.get({ userId: newUser() });
+    const client = behest({ apiKey: token, userId: undefined });
+    const threadId = newUser();
+    const abort = new AbortController();
+    let text = "";
+    let lastEventId = "";
+    const slow = { ...sim, chunk_interval_ms: 5 };
+    const options = { threadId, onEventId: (id: string) => (lastEventId = id) };
+    const stopped = (async () => {
+      for await (const chunk of streamWithRetry(client, { messages, sim: slow }, { ...options, signal: abort.signal })) {
+        text += chunk.choices[0]?.delta.content ?? "";
+        if (text.length > 100) abort.abort();
+      }
+    })();
+    await expect(stopped).rejects.toMatchObject({ name: "AbortError" });
+    text += await textOf(streamWithRetry(client, { messages, sim: slow }, { ...options, lastEventId }));
+    expect(text).toBe(whole);
+  });
 });
