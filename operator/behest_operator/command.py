@@ -14,6 +14,7 @@ from behest_ledger.store.errors import LedgerError, SchemaError
 from behest_ledger.store.keeper import Keeper
 from behest_ledger.store.migrate import check_schema
 from behest_ledger.store.pool import open_pool, use_dsn
+from behest_operator.crds import GROUP, KINDS, VERSION
 from behest_operator.gateway_login import GatewayLogin
 from behest_operator.handlers import Handlers, configure
 from behest_operator.kubernetes import Credentials, Kubernetes, KubernetesError
@@ -25,6 +26,7 @@ from behest_operator.status import BudgetBoard
 logger = logging.getLogger(__name__)
 
 REREAD_S = 5.0
+LOOK_S = 1.0
 _NAME = "behest operator"
 
 
@@ -94,7 +96,7 @@ class _Process:
         kopf.on.cleanup(registry=self._registry)(self._stop)
 
     async def _start(self, *, settings: kopf.OperatorSettings, **_: Any) -> None:
-        configure(settings)
+        configure(settings, some_namespaces=bool(self._settings.namespaces))
         try:
             self._pool = await open_pool(self._settings.database_url, application_name=_NAME)
             await check_schema(self._pool)
@@ -103,6 +105,8 @@ class _Process:
         except LedgerError as error:
             raise kopf.TemporaryError(f"the ledger cannot be reached: {error}", delay=2) from None
         await self._kubernetes.__aenter__()
+        if self._settings.namespaces:
+            await _kinds_are_served(self._kubernetes)
         board = BudgetBoard(self._pool, self._kubernetes)
         secrets = NamespaceSecrets(
             kubernetes=self._kubernetes,
@@ -158,6 +162,23 @@ class _Process:
         await self._kubernetes.__aexit__()
         if self._pool is not None:
             self._pool.terminate()
+
+
+async def _kinds_are_served(kubernetes: Kubernetes) -> None:
+    """Wait for the definitions of our kinds; which kinds there are, everybody may ask."""
+    told = False
+    while True:
+        try:
+            found = await kubernetes.get(f"/apis/{GROUP}/{VERSION}")
+        except KubernetesError as error:
+            logger.warning("the API server does not say which kinds there are, trying again: %s", error)
+            found = None
+        if set(KINDS) <= {item["kind"] for item in (found or {}).get("resources", [])}:
+            return
+        if not told:
+            logger.warning("waiting for the definitions of %s", ", ".join(KINDS))
+            told = True
+        await asyncio.sleep(LOOK_S)
 
 
 def _log_in(**arguments: Any) -> kopf.ConnectionInfo | None:

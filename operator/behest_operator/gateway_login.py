@@ -14,7 +14,7 @@ from behest_operator.secret_objects import data_of, is_ours, path_of, write_secr
 
 logger = logging.getLogger(__name__)
 
-INTERVAL_S = 15.0
+INTERVAL_S = 5.0
 PREFIX = "behest_gateway-"
 """No login of a namespace begins so: names of namespaces have no underscore."""
 

@@ -175,8 +175,10 @@ def _now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def configure(settings: kopf.OperatorSettings) -> None:
+def configure(settings: kopf.OperatorSettings, *, some_namespaces: bool) -> None:
     """Our names in the objects that we own; Events only where a handler says so, and none of what is logged."""
+    # Kept to some namespaces, it may not list all: kopf would ask nine times, for most of a minute, before it begins.
+    settings.scanning.disabled = some_namespaces
     settings.persistence.finalizer = f"{PREFIX}/finalizer"
     settings.persistence.progress_storage = kopf.AnnotationsProgressStorage(prefix=PREFIX)
     settings.persistence.diffbase_storage = kopf.AnnotationsDiffBaseStorage(prefix=PREFIX)

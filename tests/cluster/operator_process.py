@@ -68,13 +68,13 @@ class OperatorProcess:
             self.process = None
 
 
-def eventually(is_so: Callable[[], Any], *, timeout_s: float = 30.0, what: str = "it") -> Any:
-    """Poll until something is true, and return it."""
+def eventually(is_so: Callable[[], Any], *, timeout_s: float = 90.0, what: str = "it", interval_s: float = 0.05) -> Any:
+    """Poll until something is true, and return it. How soon it should be so is for those tests that say it."""
     deadline_s = time.monotonic() + timeout_s
     while time.monotonic() < deadline_s:
         if found := is_so():
             return found
-        time.sleep(0.05)
+        time.sleep(interval_s)
     raise AssertionError(f"{what} did not happen within {timeout_s} s")
 
 

@@ -247,7 +247,7 @@ def test_a_missing_secret_of_an_upstream_is_named_and_taken_once_it_is_there(
     def taken() -> list[dict[str, Any]]:
         return rows(operator.dsn, "SELECT last_four, sealed FROM ledger.provider_key WHERE tenant_id = $1", namespace)
 
-    (row,) = eventually(taken, timeout_s=40)
+    (row,) = eventually(taken)
     assert row["last_four"] == "cdef"
     assert b"sk-0123" not in row["sealed"]
 
@@ -296,8 +296,12 @@ def test_a_stolen_login_of_one_namespace_is_of_no_use_against_another(
             {"apiVersion": "behest.ai/v1alpha1", "kind": "Upstream", "metadata": about, "spec": upstream},
         )
         secrets[namespace] = eventually(partial(secret, control_plane, "behest-sidecar", namespace))
-        for kind, name in (("budget", "sessions"), ("upstream", "openai")):
-            eventually(partial(condition, control_plane, kind, name, namespace, "Programmed"))
+        for kind, name, told in (
+            ("budget", "sessions", "Programmed"),
+            ("upstream", "openai", "Programmed"),
+            ("project", "shop", "ApiKeyReady"),
+        ):
+            eventually(partial(condition, control_plane, kind, name, namespace, told), what=f"{told} of {kind}")
     assert secrets[mine]["data-key"] != secrets[theirs]["data-key"]
     asyncio.run(attack(secrets[mine]["database-url"], operator.dsn, theirs))
 

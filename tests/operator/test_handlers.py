@@ -192,7 +192,7 @@ def test_a_refusal_is_an_event_for_people(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_events_of_handlers_are_posted_and_what_is_logged_is_not() -> None:
     settings = kopf.OperatorSettings()
-    handlers.configure(settings)
+    handlers.configure(settings, some_namespaces=False)
     assert settings.posting.enabled
     assert settings.posting.level <= 30
     assert not settings.posting.loggers
