@@ -318,9 +318,10 @@ export class Threads {
     return this.#client.json({ method: "GET", path: threadPath(id), who: whoOf(params) }, options);
   }
 
+  /** The last ones, in their order; `before` is the number of the first one of the page behind. */
   messages(
     id: string,
-    params: For & { limit?: number; before?: string } = {},
+    params: For & { limit?: number; before?: number } = {},
     options?: RequestOptions,
   ): Promise<ThreadMessage[]> {
     const path = `${threadPath(id)}/messages` + query({ limit: params.limit, before: params.before });

@@ -127,6 +127,8 @@ export interface ChatCompletion {
 export interface Thread {
   id: string;
   title?: string | null;
+  /** How many. */
+  messages?: number;
   created_at?: string | number;
   updated_at?: string | number;
   [member: string]: unknown;
@@ -135,7 +137,10 @@ export interface Thread {
 export interface ThreadMessage {
   role: ChatMessage["role"];
   content: string | readonly ContentPart[] | null;
-  id?: string;
+  /** Its number in the thread, from 1. */
+  id?: number;
+  /** False: a reply that broke off, or is still under way. */
+  complete?: boolean;
   created_at?: string | number;
   [member: string]: unknown;
 }

@@ -82,7 +82,7 @@ describe("asking", () => {
     const gateway = new Gateway(json(200, [{ id: "a/b" }]), json(200, [{ role: "user", content: "x" }]), () => new Response(null, { status: 204 }), json(200, { totals: {}, breakdown: [] }), json(200, { data: [{ budget: "d" }] }), json(200, { data: [{ id: "m" }] }));
     const behest = client(gateway);
     expect(await behest.threads.list({ limit: 5 })).toEqual([{ id: "a/b" }]);
-    expect(await behest.threads.messages("a/b", { before: "9" })).toHaveLength(1);
+    expect(await behest.threads.messages("a/b", { before: 9 })).toHaveLength(1);
     await behest.threads.delete("a/b");
     await behest.usage.get({ from: new Date(0), granularity: "day", tz: "Europe/Berlin" });
     expect(await behest.budgets.list()).toEqual([{ budget: "d" }]);

@@ -104,6 +104,23 @@ describe("what is left and what was used", () => {
   });
 });
 
+describe("threads", () => {
+  it("keep what was said, until they are deleted", async () => {
+    const user_id = newUser();
+    const client = behest();
+    const answer = await client.chat.completions.create({ messages, user_id }, { threadId: "a/b?c" });
+    expect(await client.threads.list({ user_id })).toMatchObject([{ id: "a/b?c", messages: 2 }]);
+    const said = await client.threads.messages("a/b?c", { user_id });
+    expect(said.map(({ id, role, content, complete }) => [id, role, content, complete])).toEqual([
+      [1, "user", "Tell me a story.", true],
+      [2, "assistant", answer.choices[0]?.message.content, true],
+    ]);
+    expect(await client.threads.messages("a/b?c", { user_id, before: 2 })).toHaveLength(1);
+    await client.threads.delete("a/b?c", { user_id });
+    await expect(client.threads.get("a/b?c", { user_id })).rejects.toMatchObject({ status: 404 });
+  });
+});
+
 describe("streamWithRetry over a network that breaks", () => {
   const sim = { output_tokens: 200, seed: 5, continue_assistant: true };
 
