@@ -60,7 +60,7 @@ def test_the_guides_snippets_lack_nothing_but_the_model_on_the_openai_package(sd
 
 
 @pytest.mark.parametrize("client", ["behest", "openai"])
-def test_the_guides_snippetsrun(sdk: Path, environment: dict[str, str], client: str) -> None:
+def test_the_guides_snippets_run(sdk: Path, environment: dict[str, str], client: str) -> None:
     run(["node", "test/live/compose.mjs", client], sdk)
     arguments = ["npx", "vitest", "run", "--config", "vitest.live.config.ts", "test/live/guide.test.tsx"]
     run(arguments, sdk, {**environment, "CLIENT": client})
