@@ -7,6 +7,7 @@ stream. The few edits that the wire contract allows are here too; they leave eve
 
 import json
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from typing import Any, Literal, TypeVar, cast
 
 import msgspec
@@ -177,6 +178,15 @@ def plain_text(chunk: Chunk) -> str | None:
         and delta.audio is None
     ):
         return content
+    return None
+
+
+def ordinary_text(chunk: Chunk, seen: AbstractSet[int]) -> str | None:
+    """The text of a chunk that adds content to a known choice and says nothing else; None for any other."""
+    if chunk.usage is None and chunk.error is None and chunk.x_groq is None:
+        choices = chunk.choices
+        if choices and choices[0].finish_reason is None and choices[0].index in seen:
+            return plain_text(chunk)
     return None
 
 

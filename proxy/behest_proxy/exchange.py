@@ -15,7 +15,6 @@ the provider is paused, and only a definite refusal ends the stream.
 """
 
 from collections.abc import Callable, Sequence
-from collections.abc import Set as AbstractSet
 from typing import Any
 
 import msgspec
@@ -50,7 +49,7 @@ from behest_proxy.chunk import (
     ended_by_length,
     finish_chunk,
     is_usage_only,
-    plain_text,
+    ordinary_text,
     usage_chunk,
     with_finish_reason_null,
     with_usage_cost,
@@ -58,7 +57,7 @@ from behest_proxy.chunk import (
 from behest_proxy.errors import LedgerUnavailable, QuotaExceeded, ShownError, UpstreamError, UpstreamTimeout
 from behest_proxy.likeness import Likeness
 from behest_proxy.meter import Meter
-from behest_proxy.sse import DONE, DONE_PAYLOAD, NamedEvent, SseFramer, SseTooLarge, data_event, data_events
+from behest_proxy.sse import DONE, DONE_PAYLOAD, SseFramer, SseTooLarge, data_event, data_events, is_error_event
 from behest_proxy.terms import Phase, Terms
 from behest_proxy.usage import UsageState, as_openai
 from behest_proxy.whole import WholeFramer
@@ -298,7 +297,7 @@ class Exchange:
         for index, payload in enumerate(payloads):
             try:
                 chunk = decode(payload)
-                text = _ordinary_text(chunk, seen)
+                text = ordinary_text(chunk, seen)
                 if text is not None and payload.__class__ is bytes:
                     if pay(count(text)):
                         forward.append(payload)
@@ -307,7 +306,7 @@ class Exchange:
                         continue
                     self._pending = payloads[index:]
                     break
-                if chunk.error is not None or _is_error_event(payload):
+                if chunk.error is not None or is_error_event(payload):
                     self._take_usage(chunk)
                     over = self._failing(provider_errors.reported(chunk.error))
                     break
@@ -358,7 +357,7 @@ class Exchange:
             return None
         if text == DONE_PAYLOAD:
             return self._complete
-        if _is_error_event(payload):
+        if is_error_event(payload):
             return self._failing(provider_errors.reported(text.decode("utf-8", "replace")))
         return self._failing(_broken())
 
@@ -503,8 +502,7 @@ class Exchange:
         if self._terms.include_usage and self._shown_counts != counts:
             usage = {**as_openai(counts), "cost_usd": msgspec.Raw(self._cost_usd(counts).encode())}
             last = data_event(usage_chunk(self._frame, usage))
-        if own_ends:
-            last = data_event(own_ends) + last
+        last = (data_event(own_ends) if own_ends else b"") + last
         return [Write(last + DONE, last.count(b"\n\n")), Finish(), *self._end(Outcome.COMPLETED, now_s)]
 
     def _cut(self, outcome: Outcome, now_s: float, refusal: Refused | None) -> list[Action]:
@@ -592,19 +590,6 @@ class Exchange:
 
     def _cost_usd(self, counts: TokenCounts) -> str:
         return usd_from_pico(self._terms.amount_pico(counts))
-
-
-def _ordinary_text(chunk: Chunk, seen: AbstractSet[int]) -> str | None:
-    """The text of a chunk that adds content to a known choice and says nothing else; None for any other."""
-    if chunk.usage is None and chunk.error is None and chunk.x_groq is None:
-        choices = chunk.choices
-        if choices and choices[0].finish_reason is None and choices[0].index in seen:
-            return plain_text(chunk)
-    return None
-
-
-def _is_error_event(payload: bytes) -> bool:
-    return isinstance(payload, NamedEvent) and payload.name == "error"
 
 
 def _no_ledger() -> ShownError:

@@ -46,6 +46,11 @@ class NamedEvent(bytes):
         return event
 
 
+def is_error_event(payload: bytes) -> bool:
+    """Whether its provider named it an error."""
+    return isinstance(payload, NamedEvent) and payload.name == "error"
+
+
 SseEvent = bytes
 """An event is its payload; the few that have a name are `NamedEvent`."""
 

@@ -180,7 +180,8 @@ def test_a_client_with_ids_that_loses_its_connection_again_and_again_reads_the_u
     project = stack.project()
     numbers = random.Random(11)
     counted = set[str]()
-    for case in range(12):
+    cuts = 0
+    for case in range(16):
         reader = Reader(project, f"cut-{case}")
         text, last, attempts, ids = "", "", 0, list[str]()
         while True:
@@ -190,19 +191,21 @@ def test_a_client_with_ids_that_loses_its_connection_again_and_again_reads_the_u
             if by_provider and attempts == 1:
                 sim["reset_after_chunks"] = numbers.randrange(0, 50)
             more = {"Last-Event-ID": last} if last else {"X-Event-Ids": "1"}
-            heard = reader.stream(HI, leave_after=None if by_provider else numbers.randrange(0, 40), more=more, sim=sim)
+            heard = reader.stream(HI, leave_after=None if by_provider else numbers.randrange(0, 25), more=more, sim=sim)
             assert heard.status == 200, heard.error
             text += heard.text
             ids += heard.ids
             last = heard.ids[-1] if heard.ids else last
             if heard.is_done and heard.error is None:
                 break
+            cuts += 1
             assert attempts < 60
         assert text == TEXT
         assert len({one.split("-")[0] for one in ids}) == 1
         assert [int(one.split("-")[1]) for one in ids] == list(range(1, len(ids) + 1)), "neither a gap nor a repetition"
         counted.add(f"cut-{case}")
         assert texts(messages_of(reader, f"cut-{case}", number=2)) == [("user", "Hi"), ("assistant", TEXT)]
+    assert cuts >= 50
     rows = stack.query(
         "SELECT attributes ->> 'thread' AS thread, sum(output_tokens) AS output, count(*) AS requests"
         " FROM ledger.request_now WHERE project_id = $1 GROUP BY 1",

@@ -18,12 +18,16 @@ from behest_proxy.app.client_stream import STREAM_HEADERS, ClientStream
 from behest_proxy.app.context import RequestContext
 from behest_proxy.edge.direct import Header
 from behest_proxy.errors import ShownError
-from behest_proxy.threads import EventId
+from behest_proxy.sse import DONE
+from behest_proxy.threads import CannotContinue, EventId
 
 EVENTS_BYTES_MAX = 4 * 1024 * 1024
 """Of one reply: what comes beyond reaches the client, and is not kept."""
 PUMPED_BYTES = 32 * 1024
 """Written to a client that is behind, before it is looked whether it can take more."""
+
+
+_LEFT = CannotContinue("the call that this one had joined was broken off: ask again", may_retry=True)
 
 
 class Conducted(Protocol):
@@ -338,10 +342,17 @@ class Generation:
             self.is_kept = False  # a call that was refused leaves nothing
         self.state = "whole" if outcome is Outcome.COMPLETED else "broken"
         self.is_charged = is_charged
+        if self.begun and not self.ending:
+            # Its client had all of it and left before it was said so.
+            self.ending = DONE if self.state == "whole" else _LEFT.terminal_event()
         self.ended = True
         self._changed()
+        for follower in self._followers:
+            follower.pump()
 
     def answer(self, answer: Respond | Fail | None) -> None:
         """What everybody who follows is to be sent."""
+        if answer is None and not self.begun and not self.gone:
+            answer = Fail(_LEFT)  # who joined it too late to keep it from being broken off
         if not self.answered.done():
             self.answered.set_result(answer)

@@ -258,8 +258,9 @@ class Turns:
         elif not call.request.stream:
             raise _broken_off()
         else:
-            tail = (ending or b"").removeprefix(STREAM)
-            generation.replayed(tail if tail and ending != LOST else _broken_off().terminal_event())
+            # Stopped by its client, it has no ending of its own that another one could use.
+            tail = (ending or b"").removeprefix(STREAM) if found.state == "whole" or ending != LOST else b""
+            generation.replayed(tail or _broken_off().terminal_event())
         return Opened(request=call.request, generation=generation, after=after, is_given=True)
 
     # --- threads -----------------------------------------------------------------------------------------------
