@@ -181,7 +181,7 @@ def test_a_client_with_ids_that_loses_its_connection_again_and_again_reads_the_u
     numbers = random.Random(11)
     counted = set[str]()
     cuts = 0
-    for case in range(16):
+    for case in range(20):
         reader = Reader(project, f"cut-{case}")
         text, last, attempts, ids = "", "", 0, list[str]()
         while True:
@@ -191,7 +191,7 @@ def test_a_client_with_ids_that_loses_its_connection_again_and_again_reads_the_u
             if by_provider and attempts == 1:
                 sim["reset_after_chunks"] = numbers.randrange(0, 50)
             more = {"Last-Event-ID": last} if last else {"X-Event-Ids": "1"}
-            heard = reader.stream(HI, leave_after=None if by_provider else numbers.randrange(0, 25), more=more, sim=sim)
+            heard = reader.stream(HI, leave_after=None if by_provider else numbers.randrange(0, 12), more=more, sim=sim)
             assert heard.status == 200, heard.error
             text += heard.text
             ids += heard.ids

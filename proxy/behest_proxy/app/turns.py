@@ -61,6 +61,13 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     """The Idempotency-Key."""
 
     @property
+    def after(self) -> int | None:
+        """Behind which event the client wants to read; None: it cannot say. Who asks for ids and has none has read none."""
+        if self.last_event is not None:
+            return self.last_event.number
+        return 0 if self.ids else None
+
+    @property
     def is_plain(self) -> bool:
         """Nothing is kept, and nothing is looked up."""
         return self.thread_id is None and self.key is None and not self.ids
@@ -317,7 +324,7 @@ class Turns:
             holder_id=self._replies.holder_id(),
             force=force,
             instead_of=fresh.generation_id if fresh.has_key else None,
-            after=call.asked.last_event.number if call.asked.last_event is not None else None,
+            after=call.asked.after,
         )
         return claimed.epoch if claimed is not None and claimed.state == "claimed" else None
 
@@ -351,9 +358,12 @@ class Turns:
         self._replies.begin(generation)
         try:
             _check_whole(ending)
-            after = generation.count if before is None else max(before.after, first_event - 1)
+            after = generation.count if before is None else before.after
             if call.asked.last_event is not None:
                 after = _place(call.asked.last_event, generation)
+            elif call.asked.ids:
+                after = 0
+            after = max(after, first_event - 1)
             reply = reply_of(events) if events or last.content is None else _members(last.content)
             counter = counter_for(call.found.upstream_name)
             sent = continued(
