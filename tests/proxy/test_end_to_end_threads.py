@@ -181,7 +181,7 @@ def test_a_client_with_ids_that_loses_its_connection_again_and_again_reads_the_u
     numbers = random.Random(11)
     counted = set[str]()
     cuts = 0
-    for case in range(20):
+    for case in range(30):
         reader = Reader(project, f"cut-{case}")
         text, last, attempts, ids = "", "", 0, list[str]()
         while True:

@@ -62,7 +62,7 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def after(self) -> int | None:
-        """Behind which event the client wants to read; None: it cannot say. Who asks for ids and has none has read none."""
+        """Behind which event it wants to read; None: it cannot say. Who asks for ids and has none, has read nothing."""
         if self.last_event is not None:
             return self.last_event.number
         return 0 if self.ids else None
