@@ -1,7 +1,7 @@
 /** Streams that survive a broken network: the gateway keeps the reply of a thread, and goes on where it broke. */
 
 import type { Behest, RequestOptions } from "./client.js";
-import { BehestConnectionError, BehestError } from "./errors.js";
+import { BehestConnectionError, BehestError, isRecord } from "./errors.js";
 import { sleep as realSleep, waitMs } from "./http.js";
 import type { ChatCompletionChunk, CreateParamsBase } from "./types.js";
 
@@ -16,8 +16,10 @@ const RETRY_AFTER_MAX_S = 60;
 export function isFatal(error: unknown): boolean {
   if (!(error instanceof Error)) return true;
   if (error.name === "AbortError" || error.name === "TimeoutError" || error.name === "APIUserAbortError") return true;
-  const known = error as { status?: unknown; code?: unknown; retryAfter?: unknown; shouldRetry?: unknown };
-  const status = typeof known.status === "number" ? known.status : undefined;
+  const known = error as { status?: unknown; error?: unknown; code?: unknown; retryAfter?: unknown; shouldRetry?: unknown };
+  // In the middle of a stream the `openai` package keeps the status inside.
+  const inner = isRecord(known.error) ? known.error["status"] : undefined;
+  const status = [known.status, inner].find((found) => typeof found === "number");
   const retryAfter = typeof known.retryAfter === "number" ? known.retryAfter : undefined;
   if (known.code === "in_progress") return false;
   if (status === undefined) return !(error instanceof BehestConnectionError) && !isNetworkError(error);
@@ -25,8 +27,10 @@ export function isFatal(error: unknown): boolean {
   return FATAL.has(status);
 }
 
+/** By what an error has, not by the name of its class: a bundler takes that away. The `openai` package's have `requestID`. */
 function isNetworkError(error: Error): boolean {
-  return error.name === "TypeError" || /^APIConnection/.test(error.constructor.name) || error.name === "APIError";
+  if (error.name === "TypeError") return true;
+  return "requestID" in error && !("code" in error && error.code !== undefined) && error.message !== "Request was aborted.";
 }
 
 export interface StreamWithRetryOptions extends RequestOptions {

@@ -1,3 +1,4 @@
+import OpenAI from "openai";
 import { describe, expect, it } from "vitest";
 
 import { Behest, BehestConfigError, BehestConnectionError, BehestError, BehestRateLimitError, BehestServerError, isFatal, streamWithRetry, type StreamWithRetryOptions } from "../src/index.js";
@@ -143,5 +144,10 @@ describe("isFatal", () => {
     [Object.assign(new Error("x"), { status: 402 }), true],
     [Object.assign(new Error("x"), { status: 500 }), false],
     ["nothing", true],
+    [new OpenAI.APIConnectionError({ message: "Connection error." }), false],
+    [new OpenAI.APIConnectionTimeoutError(), false],
+    [new OpenAI.APIUserAbortError(), true],
+    [new OpenAI.APIError(undefined, { code: "quota_exceeded", status: 402 }, undefined, undefined), true],
+    [new OpenAI.APIError(undefined, { code: "upstream_error", status: 502 }, undefined, undefined), false],
   ])("%o: %s", (error, expected) => expect(isFatal(error)).toBe(expected));
 });
