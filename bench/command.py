@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import uvloop
-from bench import books, cancel, chunk, identity, ledger, through, usage
+from bench import books, cancel, chunk, identity, ledger, telemetry, through, usage
 from bench.answers import BrokenAnswer
 from bench.peers import Peer, PeerError, behest, envoy, envoy_version, simulator
 
@@ -29,6 +29,7 @@ figures:
           and through the sidecar statements a stream and the time from the kill switch to the last chunk.
   usage   questions about usage over a million requests, in a PostgreSQL of its own.
   identity  verifying tokens, and 200 mints a second beside 50 streams.
+  telemetry  CPU that metrics, spans and log lines add to a request; to a chunk they add nothing.
 """
 _EPILOG = """\
 examples:
@@ -38,6 +39,7 @@ examples:
   make bench ARGS=ledger                           the ledger alone, 3 minutes
   make bench ARGS=usage                            usage over a million requests, 3 minutes
   make bench ARGS=identity                         tokens, under a minute
+  make bench ARGS=telemetry                        what a request's telemetry costs, seconds
   make bench ARGS="chunk --thorough"               1,000-chunk answers and three turns, 15 minutes
 
 A figure is the ratio, not the microseconds: those are this machine's. Look at `others` in the table: when other
@@ -82,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         "figure",
         nargs="?",
         default="all",
-        choices=["all", "chunk", "cancel", "ledger", "usage", "identity"],
+        choices=["all", "chunk", "cancel", "ledger", "usage", "identity", "telemetry"],
         help="what to measure (default: all)",
     )
     effort = parser.add_mutually_exclusive_group()
@@ -102,6 +104,10 @@ def _figures(arguments: argparse.Namespace, folder: Path, say: Callable[[str], N
     elif arguments.quick:
         cases = cases[:3]
     print(_machine())
+    if arguments.figure == "telemetry":
+        for line in telemetry.measure():
+            print(line)
+        return 0
     if arguments.figure == "ledger" or (arguments.figure == "all" and not arguments.quick):
         _ledger(folder / "ledger", say)
     if arguments.figure == "usage" or (arguments.figure == "all" and not arguments.quick):

@@ -20,7 +20,7 @@ compile() {
     --custom-compile-command deploy/images/lock.sh --output-file "deploy/images/$output" "$@"
 }
 
-compile requirements.txt --extra operator "$@" pyproject.toml
+compile requirements.txt --extra operator --extra otlp-grpc "$@" pyproject.toml
 "$python" - > "$folder/build.in" <<'END'
 import tomllib
 

@@ -387,3 +387,18 @@ def _lenient(made: type[_Made], members: Mapping[str, Any]) -> _Made:
         except msgspec.ValidationError:
             continue
     return made(**taken)
+
+
+class _Model(msgspec.Struct):
+    model: str | None = None
+
+
+def model_of(payload: bytes) -> str:
+    """The model that a chunk names; empty: none."""
+    try:
+        return _MODEL.decode(payload).model or ""
+    except (msgspec.MsgspecError, UnicodeError):
+        return ""
+
+
+_MODEL = msgspec.json.Decoder(_Model)

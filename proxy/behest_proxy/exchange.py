@@ -49,6 +49,7 @@ from behest_proxy.chunk import (
     ended_by_length,
     finish_chunk,
     is_usage_only,
+    model_of,
     ordinary_text,
     usage_chunk,
     with_finish_reason_null,
@@ -120,6 +121,11 @@ class Exchange:
         """Output tokens, reasoning tokens and chunks that are paid for, with those of the actions just returned."""
         meter = self._meter
         return meter.output, meter.reasoning, self._chunks
+
+    @property
+    def response_model(self) -> str:
+        """The model that the provider says it used; empty: its answer did not come so far."""
+        return model_of(self._frame)
 
     def charge_if_lost(self, now_s: float) -> Charge:
         """What is charged if this process and its journal are lost now."""

@@ -7,6 +7,7 @@ batch, and put aside with an alarm, so that it cannot hold up the others.
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 
@@ -44,6 +45,8 @@ class SettlementWriter:
         self._on_settled = on_settled
         self._on_put_aside = on_put_aside
         self._queue: deque[Settlement] = deque()
+        self._submitted_s: deque[float] = deque()
+        """When each of the queue came."""
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -57,6 +60,11 @@ class SettlementWriter:
         """Settlements that are not acknowledged yet."""
         return len(self._queue)
 
+    @property
+    def lag_s(self) -> float:
+        """How long the oldest of them has waited; 0 where none waits."""
+        return time.monotonic() - self._submitted_s[0] if self._submitted_s else 0.0
+
     def start(self) -> None:
         """Begin to write. Call once, inside the running loop."""
         self._task = asyncio.get_running_loop().create_task(self._run(), name="settlement writer")
@@ -64,6 +72,7 @@ class SettlementWriter:
     def submit(self, settlement: Settlement) -> None:
         """Hand over one settlement; returns at once."""
         self._queue.append(settlement)
+        self._submitted_s.append(time.monotonic())
         self._idle.clear()
         self._wake.set()
 
@@ -124,6 +133,7 @@ class SettlementWriter:
         then, the hold goes to suspense and is charged by policy after its grace period.
         """
         refused = self._queue.popleft()
+        self._submitted_s.popleft()
         self.quarantined.append(refused)
         logger.critical(
             "settlement of request %s was refused and put aside: %s; its hold stays open; mend what the database says"
@@ -143,6 +153,7 @@ class SettlementWriter:
         charged = {item.request_id for item in batch if item.state == "settled"}
         for _ in batch:
             self._queue.popleft()
+            self._submitted_s.popleft()
         for result in results:
             if result.overrun:
                 logger.error("request %s cost more than its budget could pay", result.request_id)

@@ -48,11 +48,12 @@ def client_app(gateway: Gateway, *, by_pod: bool = False) -> Any:
         ],
         redirect_slashes=False,
     )
-    return Border(app, may_read=gateway.may_read, door=None if by_pod else gateway.door)
+    gateway.telemetry.know_routes(route.path for route in app.routes if isinstance(route, Route))
+    return Border(app, may_read=gateway.may_read, door=None if by_pod else gateway.door, telling=gateway.telemetry)
 
 
 def admin_app(gateway: Gateway) -> Any:
-    """What probes see, and the built-in page."""
+    """What probes and Prometheus see, and the built-in page."""
 
     async def healthz(_request: Request) -> Response:
         return PlainTextResponse("ok\n")
@@ -60,6 +61,11 @@ def admin_app(gateway: Gateway) -> Any:
     async def readyz(_request: Request) -> Response:
         reason = gateway.not_ready
         return PlainTextResponse(f"{reason or 'ready'}\n", status_code=503 if reason else 200)
+
+    async def metrics(_request: Request) -> Response:
+        from behest_ledger.telemetry.prometheus import CONTENT_TYPE, page
+
+        return Response(page(gateway.telemetry.meter), headers={"content-type": CONTENT_TYPE})
 
     async def leave(request: Request) -> Response:
         # Whoever can send signals to this process may do this too, and nobody else.
@@ -72,6 +78,7 @@ def admin_app(gateway: Gateway) -> Any:
         routes=[
             Route("/healthz", healthz),
             Route("/readyz", readyz),
+            Route("/metrics", metrics),
             Route("/leave", leave, methods=["POST"]),
             *Page(gateway).routes(),
         ],

@@ -2,10 +2,11 @@
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.exceptions import HTTPException
 
+from behest_ledger.telemetry.logs import FIELDS
 from behest_proxy.app.context import RequestContext
 from behest_proxy.app.door import Door
 from behest_proxy.app.messages import send_answer, send_error
@@ -29,15 +30,30 @@ _NO_CORS = ("/v1/auth/mint", "/auth/v1/auth/mint")
 """Minting takes an API key, which belongs in no browser."""
 
 
+class Telling(Protocol):
+    """Who wants to know of requests that come and are over."""
+
+    def arrived(self, context: RequestContext) -> None:
+        """A request is here."""
+        ...
+
+    def answered(self, context: RequestContext, scope: Any) -> None:
+        """It is over, whatever became of it."""
+        ...
+
+
 class Border:
     """Wraps an ASGI application."""
 
-    def __init__(self, app: Any, *, may_read: Callable[[str], bool], door: Door | None = None) -> None:
+    def __init__(
+        self, app: Any, *, may_read: Callable[[str], bool], door: Door | None = None, telling: Telling | None = None
+    ) -> None:
         """`may_read` tells whether any project allows an origin; the endpoint narrows it to the caller's project.
 
         No door: this border is on the pod's own loopback.
         """
         self._door = door
+        self._telling = telling
         self._app = app
         self._may_read = may_read
 
@@ -48,6 +64,16 @@ class Border:
             return
         context = RequestContext(scope["headers"], by_pod=self._door is None)
         scope["behest"] = context
+        if self._telling is None:
+            await self._serve(scope, receive, send, context)
+            return
+        self._telling.arrived(context)
+        try:
+            await self._serve(scope, receive, send, context)
+        finally:
+            self._telling.answered(context, scope)
+
+    async def _serve(self, scope: Any, receive: Any, send: Any, context: RequestContext) -> None:
         scope["app"] = self  # with it the router raises what it cannot route, instead of answering itself
         if self._door is not None:
             context.host_project = self._door.project_at(context.host)
@@ -63,6 +89,7 @@ class Border:
             nonlocal begun
             if message["type"] == "http.response.start":
                 begun = True
+                context.status = message["status"]
                 # Read now, not before: whose answer it is may be known only by then.
                 message = {**message, "headers": [*message["headers"], *context.headers()]}
             await send(message)
@@ -78,7 +105,7 @@ class Border:
         except HTTPException as error:
             await send_error(send_with_headers, _unknown(scope, error))
         except Exception:
-            logger.exception("request %s failed", context.request_id)
+            logger.exception("request %s failed", context.request_id, extra={FIELDS: context.log_fields})
             if begun:
                 raise
             await send_error(send_with_headers, ServerError("something went wrong here; the request id tells us what"))

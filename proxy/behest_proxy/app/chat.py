@@ -2,7 +2,6 @@
 
 import asyncio
 import hashlib
-import os
 import time
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
@@ -165,6 +164,13 @@ class ChatCompletions:
             client=client,
             context=context,
             attempt=opened.attempt if opened is not None else 1,
+            report=gateway.telemetry.begin(
+                context,
+                admission,
+                provider=_provider(gateway, model.route),
+                base_url=model.route.upstream.spec.base_url,
+                streamed=request.stream,
+            ),
         )
         if isinstance(client, Generation):
             gateway.replies.begin(client)
@@ -368,7 +374,7 @@ def _upstream_request(
         (b"accept", b"text/event-stream" if _streams(model) else b"application/json"),
         (b"user-agent", b"behest"),
         (b"x-request-id", str(context.request_id).encode()),
-        (b"traceparent", b"00-%b-%b-01" % (context.trace_id, os.urandom(8).hex().encode())),
+        *context.call_headers(),
     ]
     if provider_key is not None:
         headers.append((b"authorization", b"Bearer " + provider_key.encode()))

@@ -6,17 +6,19 @@ stopped and the books are written. It decides nothing itself.
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from behest_ledger.charging import Outcome
-from behest_ledger.holds import Admission, Answer, Granted, Refused
+from behest_ledger.holds import Admission, Answer, Granted, Refused, Settlement
 from behest_ledger.prices.rates import Rates
 from behest_ledger.settlement import lines_of, settlement_for
 from behest_ledger.store.credit import Account
 from behest_ledger.store.errors import LedgerError
 from behest_ledger.store.holders import Checkpoint
+from behest_ledger.telemetry.logs import FIELDS
 from behest_ledger.token_counts import TokenCounts
 from behest_proxy.actions import (
     Action,
@@ -39,9 +41,11 @@ from behest_proxy.app.context import RequestContext
 from behest_proxy.app.generation import Generation
 from behest_proxy.app.memory import Trace
 from behest_proxy.app.rates import rate_headers
+from behest_proxy.app.report import NoReport, Report
 from behest_proxy.errors import ServerError, ShownError
 from behest_proxy.exchange import Exchange
 from behest_proxy.sse import KEEP_ALIVE
+from behest_proxy.terms import Phase
 from behest_proxy.upstream import UpstreamCall, UpstreamFailure, UpstreamRequest
 
 if TYPE_CHECKING:
@@ -72,6 +76,7 @@ class Conduct:
         client: ClientStream | Generation,
         context: RequestContext,
         attempt: int = 1,
+        report: Report | None = None,
     ) -> None:
         """`exchange` and `upstream_request` are made when the ledger's answer is known: it sets the limit.
 
@@ -88,6 +93,7 @@ class Conduct:
         self._generation = client if isinstance(client, Generation) else None
         self._attempt = attempt
         self._context = context
+        self._report: Report = report if report is not None else NoReport()
         self._exchange: Exchange | None = None
         self._grant: Granted | None = None
         self._checkpointed = _NOTHING
@@ -127,7 +133,9 @@ class Conduct:
         try:
             answer = await self._gateway.admit(self._admission)
         except LedgerError as error:
-            logger.warning("admission of %s: %s", self._context.request_id, error)
+            logger.warning(
+                "admission of %s: %s", self._context.request_id, error, extra={FIELDS: self._context.log_fields}
+            )
             answer = None
         self._context.rate_headers = rate_headers(answer, datetime.now(UTC))
         if isinstance(answer, Granted):
@@ -145,6 +153,7 @@ class Conduct:
         self._perform(self._exchange.admitted(answer, self._loop.time()))
         if isinstance(answer, Refused):
             self._trace.refused()
+            self._report.refused(answer)
             self._gateway.ended(self)
             if self._generation is not None:
                 self._generation.finished(None, is_charged=False)
@@ -205,6 +214,11 @@ class Conduct:
         if self._first_byte_s is None:
             self._first_byte_s = now_s
             self._trace.first_byte()
+            # Once more, so that no later chunk is asked whether it is the first.
+            self._report.first_byte()
+            self.on_data(data)
+            self._report.handed_over()
+            return
         actions = exchange.upstream_data(data, now_s)
         self._trace.store(*exchange.forwarded)  # before the client gets it: what was sent is never uncounted
         for action in actions:
@@ -223,7 +237,9 @@ class Conduct:
         """See `UpstreamHandler`."""
         assert self._exchange is not None
         self._upstream_done = True
-        logger.info("upstream of %s: %s", self._context.request_id, failure.message)
+        logger.info(
+            "upstream of %s: %s", self._context.request_id, failure.message, extra={FIELDS: self._context.log_fields}
+        )
         self._perform(self._exchange.upstream_failed(failure.kind, self._loop.time()))
 
     # --- carrying out ------------------------------------------------------------------------------------------
@@ -273,9 +289,11 @@ class Conduct:
         assert self._grant is not None
         if self._generation is not None:
             self._generation.granted()
+        self._report.called()
         self._call = self._gateway.upstream.send(self._make_upstream_request(self._grant), self)
 
     def _begin(self) -> None:
+        self._context.status = 200
         self._client.begin(200, [*STREAM_HEADERS, *self._context.headers()])
         self._last_write_s = self._loop.time()
         self._timer = self._loop.call_later(self._gateway.settings.keep_alive_s, self._keep_alive)
@@ -314,6 +332,7 @@ class Conduct:
             facts=facts,
         )
         self._trace.ended(settlement)
+        self._tell(settlement, action)
         if self._account is not None:
             self._gateway.desk.ended(self._account)
         self._gateway.writer.submit(settlement)
@@ -323,6 +342,17 @@ class Conduct:
             self._generation.finished(action.outcome, is_charged=action.charge.counts != TokenCounts())
         if self._call is not None and not self._upstream_done:
             self._loop.call_later(UPSTREAM_TAIL_S, self._cancel_upstream)
+
+    def _tell(self, settlement: Settlement, action: Settle) -> None:
+        assert self._exchange is not None
+        chunks, chunk_s = action.facts["chunks"], None
+        if chunks > 1 and self._first_byte_s is not None:
+            chunk_s = max(0.0, self._last_write_s - self._first_byte_s) / (chunks - 1)
+        try:
+            self._report.ended(settlement, action.charge.counts, self._exchange.response_model, chunk_s)
+        except Exception:
+            # The books are what counts: nothing that is told about a request may keep it from being settled.
+            logger.exception("nothing could be told of request %s", self._context.request_id)
 
     def _answer(self, answer: Respond | Fail | None) -> None:
         if not self.answered.done():
@@ -351,7 +381,11 @@ class Conduct:
         self._resume()
 
     def _on_stall(self) -> None:
-        logger.info("request %s: the client read nothing for too long", self._context.request_id)
+        logger.info(
+            "request %s: the client read nothing for too long",
+            self._context.request_id,
+            extra={FIELDS: self._context.log_fields},
+        )
         self._client.reset()
         self._on_client_gone()
 
@@ -360,7 +394,10 @@ class Conduct:
     def _on_client_gone(self) -> None:
         self._client_left = True
         if self._exchange is not None:
+            left_s, was_called = time.monotonic(), self._call is not None and not self._upstream_done
             self._perform(self._exchange.client_gone(self._loop.time()))
+            if was_called and self._exchange.phase is Phase.ENDED:
+                self._report.client_left(time.monotonic() - left_s)
         self._answer(None)
 
     def _on_lingered(self) -> None:

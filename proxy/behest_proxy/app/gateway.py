@@ -28,6 +28,8 @@ from behest_ledger.store.outage import Outage
 from behest_ledger.store.pool import Connection, asking, open_pool
 from behest_ledger.store.prices import load_current_book, next_change
 from behest_ledger.store.writer import SettlementWriter
+from behest_ledger.telemetry.logs import FIELDS
+from behest_ledger.telemetry.settings import TelemetrySettings
 from behest_ledger.vault import Vault
 from behest_proxy.app.conduct import Conduct
 from behest_proxy.app.door import Door
@@ -41,6 +43,7 @@ from behest_proxy.app.provider_keys import KeyOfTenant, ProviderKeys, every_tena
 from behest_proxy.app.replies import Replies
 from behest_proxy.app.settings import Settings, secret_in
 from behest_proxy.app.signing import SigningKeys
+from behest_proxy.app.telemetry import Telemetry
 from behest_proxy.app.turns import Turns
 from behest_proxy.errors import Draining, LedgerUnavailable
 from behest_proxy.holding import METERED_SHARES
@@ -65,8 +68,10 @@ STOP_FLUSH_S = 2.0
 class Gateway:
     """The running sidecar without its sockets."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, telemetry: TelemetrySettings | None = None) -> None:
+        """Without `telemetry` nothing is pushed."""
         self.settings = settings
+        self.telemetry = Telemetry(telemetry or TelemetrySettings(), name=settings.name)
         self.leasing = Leasing()
         self.holder = Holder(
             name=settings.name,
@@ -120,6 +125,11 @@ class Gateway:
         self._tasks: set[asyncio.Task[None]] = set()
         self._clock_s: Callable[[], float] = time.monotonic
         self._ledger_heard_s = 0.0
+        self.telemetry.watch(
+            live=lambda: [conduct.admission for conduct in self.live],
+            backlog=lambda: self.writer.backlog,
+            lag_s=lambda: self.writer.lag_s,
+        )
 
     # --- life --------------------------------------------------------------------------------------------------
 
@@ -138,6 +148,7 @@ class Gateway:
 
     def _begin(self) -> None:
         self.writer.start()
+        self.telemetry.start()
         left = self.memory.left()
         for settlement in left:
             self.writer.submit(settlement)
@@ -196,6 +207,7 @@ class Gateway:
             if pool is not None:
                 pool.terminate()
         self.memory.close()
+        await self.telemetry.aclose()
 
     @property
     def not_ready(self) -> str | None:
@@ -214,11 +226,13 @@ class Gateway:
         """See `store.holds.admit`. Nobody waits for a ledger that is known to be away."""
         if self._ledger_is_silent:
             raise LedgerUnavailableError("the ledger was not heard of for some time")
+        asked_s = time.monotonic()
         try:
             async with asyncio.timeout(LEDGER_SILENCE_S):
                 answer = await self.admissions.admit(admission)
         except TimeoutError:
             raise LedgerUnavailableError("the ledger gave no answer in time") from None
+        self.telemetry.admission_latency.record((), time.monotonic() - asked_s)
         self.leasing.answered(admission.tenant_id, answer)
         return answer
 
@@ -233,7 +247,11 @@ class Gateway:
         try:
             await conduct.admit()
         except Exception as error:
-            logger.exception("request %s failed at its admission", conduct.admission.request_id)
+            logger.exception(
+                "request %s failed at its admission",
+                conduct.admission.request_id,
+                extra={FIELDS: {"request_id": str(conduct.admission.request_id)}},
+            )
             if not conduct.answered.done():
                 conduct.failed(error)
             # Whether a hold exists is not known any more: voiding it moves nothing where there is none.
@@ -280,28 +298,36 @@ class Gateway:
         self._ledger_heard_s = self._clock_s()
 
     async def _admit(self, admissions: Sequence[Admission]) -> dict[UUID, Answer]:
+        asked_s = time.monotonic()
         answers = await holds.admit_batch(self.pool, admissions)
+        self.telemetry.ledger_called("admit", items=len(admissions), seconds=time.monotonic() - asked_s)
         self._heard()
         return answers
 
     async def _extend(self, extensions: Sequence[Extension]) -> dict[UUID, Answer]:
+        asked_s = time.monotonic()
         answers = await holds.extend(self.pool, extensions, shares=METERED_SHARES)
+        self.telemetry.ledger_called("extend", items=len(extensions), seconds=time.monotonic() - asked_s)
         for extension in extensions:
             if (answer := answers.get(extension.request_id)) is not None:
                 self.leasing.answered(extension.tenant_id, answer)
         return answers
 
     async def _settle(self, settlements: Sequence[Settlement]) -> list[Settled]:
+        asked_s = time.monotonic()
         settled = await holds.settle(self.pool, settlements)
+        self.telemetry.ledger_called("settle", items=len(settlements), seconds=time.monotonic() - asked_s)
         self._heard()
         return settled
 
     def _on_settled(self, settled: Settled) -> None:
         self.memory.acknowledged(settled.request_id)
+        self.telemetry.settled(settled)
         self.desk.settled(settled.request_id)
 
     def _on_put_aside(self, refused: Settlement) -> None:
         self.memory.put_aside(refused.request_id)
+        self.telemetry.put_aside(refused.request_id)
         self.desk.never_settled(refused.request_id)
 
     async def _find_api_key(self, sha256: bytes) -> identity.ApiKeyRecord | None:

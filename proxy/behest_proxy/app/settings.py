@@ -45,7 +45,7 @@ class Settings:
     workload_labels: str = ""
     """The pod's labels, a JSON object: budgets may select by them."""
     admin_bind: str = "127.0.0.1:8081"
-    """Where probes connect: `/healthz`, `/readyz`. Never reachable for clients."""
+    """Where probes and Prometheus connect: `/healthz`, `/readyz`, `/metrics`. Never reachable for clients."""
     page: Literal["auto", "on", "off"] = "auto"
     """The built-in page at `admin_bind`, for this machine's own loopback only. `auto`: on, but not in a pod beside
     other containers, which share that loopback (`workload_name` is set)."""
@@ -81,6 +81,8 @@ class Settings:
     what it held waits for its journal after a longer one. At least 3."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """How much is logged."""
+    log_format: Literal["text", "json"] = "text"
+    """How lines are logged: `text` for people, `json` for machines, an object each."""
     name: str = "behest"
     """How this process calls itself in the ledger."""
 

@@ -6,12 +6,19 @@ import contextlib
 import gc
 import inspect
 import logging
+import os
 import re
 import signal
-import sys
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
 
+from behest_ledger.telemetry.logs import configure as configure_logs
+from behest_ledger.telemetry.settings import (
+    VARIABLES,
+    TelemetrySettings,
+    TelemetrySettingsError,
+    telemetry_settings,
+)
 from behest_proxy.app.settings import Settings, SettingsError, from_environment
 from behest_proxy.cli.terminal import UserError
 
@@ -42,18 +49,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Run until SIGTERM or SIGINT. Exit status 0 after a wanted stop, 2 for a mistake in the environment."""
     del arguments
     try:
-        settings = from_environment()
-    except SettingsError as error:
+        settings, telemetry = from_environment(), telemetry_settings(os.environ)
+    except (SettingsError, TelemetrySettingsError) as error:
         raise UserError(str(error), "see `behest proxy --help`") from None
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=settings.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+    configure_logs(settings.log_level, settings.log_format)
     import uvloop
 
     try:
-        return uvloop.run(_serve(settings))
+        return uvloop.run(_serve(settings, telemetry))
     except ExceptionGroup as failures:
         faults, others = failures.split(OSError)
         if faults is None or others is not None:
@@ -62,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"the sidecar cannot listen: {fault}", "look at BEHEST_BIND and BEHEST_ADMIN_BIND") from None
 
 
-async def _serve(settings: Settings) -> int:
+async def _serve(settings: Settings, telemetry: TelemetrySettings) -> int:
     from behest_ledger.journal import JournalError
     from behest_ledger.store.errors import LedgerError
     from behest_proxy.app.asgi import admin_app, client_app
@@ -74,7 +77,7 @@ async def _serve(settings: Settings) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, asked_to_stop.set)
     try:
-        gateway = await _started(settings, asked_to_stop)
+        gateway = await _started(settings, telemetry, asked_to_stop)
     except (LedgerError, JournalError, OSError, ValueError) as error:
         raise UserError(str(error), "look at BEHEST_DATABASE_URL and BEHEST_SIGNING_KEY_FILE") from None
     if gateway is None:
@@ -126,7 +129,7 @@ def _spare_what_stays() -> None:
     gc.freeze()
 
 
-async def _started(settings: Settings, asked_to_stop: asyncio.Event) -> "Gateway | None":
+async def _started(settings: Settings, telemetry: TelemetrySettings, asked_to_stop: asyncio.Event) -> "Gateway | None":
     """The sidecar, once its ledger is there. None: it was told to stop before."""
     from behest_ledger.store.errors import LedgerUnavailableError
     from behest_proxy.app.gateway import Gateway
@@ -134,7 +137,7 @@ async def _started(settings: Settings, asked_to_stop: asyncio.Event) -> "Gateway
     loop = asyncio.get_running_loop()
     deadline_s = loop.time() + _PATIENCE_S
     while not asked_to_stop.is_set():
-        gateway = Gateway(settings)
+        gateway = Gateway(settings, telemetry)
         try:
             await gateway.start()
             return gateway
@@ -157,4 +160,5 @@ def _environment_help() -> str:
         meaning = " ".join(match[1].split()) if match else ""
         default = "" if field.default is MISSING or field.default is None else f" (default: {field.default})"
         lines.append(f"  BEHEST_{field.name.upper()}{default}\n      {meaning}")
+    lines += [f"  {name}\n      {meaning.replace('`', '')}" for name, meaning in VARIABLES.items()]
     return "\n".join(lines)
