@@ -55,7 +55,7 @@ from behest_proxy.chunk import (
     with_finish_reason_null,
     with_usage_cost,
 )
-from behest_proxy.errors import LedgerUnavailable, QuotaExceeded, ShownError, UpstreamError, UpstreamTimeout
+from behest_proxy.errors import QuotaExceeded, ShownError, UpstreamError, UpstreamTimeout
 from behest_proxy.likeness import Likeness
 from behest_proxy.meter import Meter
 from behest_proxy.sse import DONE, DONE_PAYLOAD, SseFramer, SseTooLarge, data_event, data_events, is_error_event
@@ -141,7 +141,7 @@ class Exchange:
             self.phase = Phase.ENDED
             return [] if self._client_gone else [Fail(refusals.shown(answer))]
         if not isinstance(answer, Granted):
-            return self._end(Outcome.LEDGER_UNAVAILABLE, now_s, _no_ledger())
+            return self._end(Outcome.LEDGER_UNAVAILABLE, now_s, refusals.no_ledger())
         if self._client_gone:
             return self._end(Outcome.CLIENT_CANCELLED, now_s)
         if self._stopped is not None:
@@ -158,7 +158,7 @@ class Exchange:
             return []
         if isinstance(answer, Gone):
             # The hold is not open any more: nothing may be spent on it, also not what was granted before.
-            return self._end(Outcome.LEDGER_UNAVAILABLE, now_s, _no_ledger())
+            return self._end(Outcome.LEDGER_UNAVAILABLE, now_s, refusals.no_ledger())
         if isinstance(answer, Granted):
             self._early_ask_refused = False
             self._meter.add_credit(answer.output_tokens)
@@ -175,7 +175,7 @@ class Exchange:
         if isinstance(answer, Refused):
             outcome = Outcome.KILLED if answer.reason == "suspended" else Outcome.QUOTA_EXCEEDED
             return self._cut(outcome, now_s, answer)
-        return self._end(Outcome.LEDGER_UNAVAILABLE, now_s, _no_ledger())
+        return self._end(Outcome.LEDGER_UNAVAILABLE, now_s, refusals.no_ledger())
 
     # --- the provider -----------------------------------------------------------------------------------------
 
@@ -219,7 +219,7 @@ class Exchange:
         try:
             payloads = self._framer.feed(data)
         except SseTooLarge:
-            return self._end(Outcome.UPSTREAM_ERROR, now_s, _broken())
+            return self._end(Outcome.UPSTREAM_ERROR, now_s, provider_errors.broken())
         if self._pending:
             self._pending += payloads
             return []
@@ -234,7 +234,7 @@ class Exchange:
         try:
             rest = self._framer.finish()
         except ChunkError:
-            return self._end(Outcome.UPSTREAM_ERROR, now_s, _broken())
+            return self._end(Outcome.UPSTREAM_ERROR, now_s, provider_errors.broken())
         if isinstance(self._framer, WholeFramer) and self._framer.usage is not None:
             # Known before the first chunk of it is paid: where the hold covers it nothing has to be counted.
             self._take_usage(decode(self._framer.usage))
@@ -365,7 +365,7 @@ class Exchange:
             return self._complete
         if is_error_event(payload):
             return self._failing(provider_errors.reported(text.decode("utf-8", "replace")))
-        return self._failing(_broken())
+        return self._failing(provider_errors.broken())
 
     def _pay_for(self, chunk: Chunk) -> bool:
         """Count what a chunk adds, whatever its form. False: the credit does not reach; nothing was counted."""
@@ -596,11 +596,3 @@ class Exchange:
 
     def _cost_usd(self, counts: TokenCounts) -> str:
         return usd_from_pico(self._terms.amount_pico(counts))
-
-
-def _no_ledger() -> ShownError:
-    return LedgerUnavailable("the ledger cannot be reached, and nothing is spent without it", retry_after_s=1)
-
-
-def _broken() -> ShownError:
-    return UpstreamError("the provider's stream is broken")

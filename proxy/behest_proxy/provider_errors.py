@@ -107,3 +107,8 @@ def _retry_after_s(headers: Sequence[tuple[bytes, bytes]]) -> int:
         if name == b"retry-after" and value.isdigit():
             return min(int(value[:_RETRY_AFTER_DIGITS_MAX]), RETRY_AFTER_S_MAX)
     return 1
+
+
+def broken() -> ShownError:
+    """What comes is no stream of chunks."""
+    return UpstreamError("the provider's stream is broken")

@@ -4,7 +4,7 @@ from typing import Any
 
 from behest_ledger.holds import Refused
 from behest_ledger.money import usd_from_pico
-from behest_proxy.errors import Forbidden, QuotaExceeded, RateLimited, ShownError
+from behest_proxy.errors import Forbidden, LedgerUnavailable, QuotaExceeded, RateLimited, ShownError
 
 RETRY_AFTER_MAX_S = 60
 """Nobody's SDK waits longer by itself: the OpenAI SDKs then come back within seconds, to be refused again."""
@@ -51,3 +51,8 @@ def shown(refusal: Refused, *, partial: Any = None) -> ShownError:
 
 def _amount(unit: str, amount: int) -> str:
     return usd_from_pico(amount) if unit == "usd" else str(amount)
+
+
+def no_ledger() -> ShownError:
+    """The ledger gave no answer."""
+    return LedgerUnavailable("the ledger cannot be reached, and nothing is spent without it", retry_after_s=1)
