@@ -82,6 +82,12 @@ function Conversation({ gateway, threadId, before, onAsk, onEnd }: ChatProps & {
   }, [running, stop]);
 
   const statusOf = error instanceof BehestError ? error.status : undefined;
+  // The dialog closes; that the budget ended stays written under the answer.
+  const [read, setRead] = useState<Error>();
+  const closeDialog = useCallback(() => {
+    setRead(error);
+    composer.current?.focus();
+  }, [error]);
   const closeError = useCallback(() => {
     dismissError();
     composer.current?.focus();
@@ -119,7 +125,7 @@ function Conversation({ gateway, threadId, before, onAsk, onEnd }: ChatProps & {
       <div className="hidden" aria-live="polite" data-testid="announcement">
         {announcement}
       </div>
-      {statusOf === 402 && <UpgradeDialog error={error as BehestError} onClose={closeError} />}
+      {statusOf === 402 && error !== read && <UpgradeDialog error={error as BehestError} onClose={closeDialog} />}
       {statusOf === 429 && <RateToast error={error as BehestError} onRetry={retry} onClose={closeError} />}
     </>
   );

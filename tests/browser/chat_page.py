@@ -1,0 +1,78 @@
+"""The chat of `examples/chat` as a reader uses it, for tests and pictures."""
+
+import json
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from playwright.sync_api import Browser, Page, expect
+
+from browser.site import Site
+from typescript.packages import install
+
+TOKENS_LONG = 50_000
+
+_WATCH = """() => {
+  const watched = { frames: [], growth: [], nodes: 0, last: performance.now(), length: 0 };
+  window.watched = watched;
+  const look = (now) => {
+    const text = document.querySelector('[data-testid=text]');
+    const length = text ? text.textContent.length : 0;
+    watched.frames.push(now - watched.last);
+    if (length !== watched.length) watched.growth.push([now, length - watched.length]);
+    watched.last = now;
+    watched.length = length;
+    watched.handle = requestAnimationFrame(look);
+  };
+  watched.handle = requestAnimationFrame((now) => { watched.last = now; look(now); });
+}"""
+
+
+@contextmanager
+def opened(browser: Browser, site: Site, *, sim: dict[str, Any] | None = None, **options: Any) -> Generator[Page]:
+    """The chat in a context of its own, ready for a question; nothing may go wrong in its scripts."""
+    settings: dict[str, Any] = {"viewport": {"width": 1280, "height": 800}, "locale": "en-GB", **options}
+    context = browser.new_context(**settings)
+    page = context.new_page()
+    thrown: list[str] = []
+    page.on("pageerror", lambda error: thrown.append(str(error)))
+    page.goto(site.origin + "/" + (f"?sim={quote(json.dumps(sim))}" if sim is not None else ""))
+    expect(page.get_by_test_id("composer")).to_be_focused(timeout=20_000)
+    try:
+        yield page
+    finally:
+        context.close()
+    assert thrown == []
+
+
+def ask(page: Page, question: str = "Tell me a story.") -> None:
+    """By keyboard, as most do."""
+    page.get_by_test_id("composer").fill(question)
+    page.keyboard.press("Enter")
+
+
+def ended(page: Page, *, timeout_ms: float = 60_000) -> None:
+    """Wait until nothing runs any more."""
+    expect(page.get_by_test_id("send")).to_be_visible(timeout=timeout_ms)
+
+
+def watch(page: Page) -> None:
+    """Measure each frame from now on: how long it took, and by how much the text grew."""
+    page.evaluate(_WATCH)
+
+
+def watched(page: Page) -> tuple[list[float], list[tuple[float, int]]]:
+    """Milliseconds of the frames; the times and lengths of what was added."""
+    found = page.evaluate("() => { cancelAnimationFrame(watched.handle); return watched; }")
+    return found["frames"], [(time, length) for time, length in found["growth"]]
+
+
+def violations(page: Page, repository: Path) -> list[str]:
+    """What axe says of the page as it is, in its words: the rules of WCAG 2.2 A and AA, and its best practices."""
+    script = install(repository / "tests" / "browser" / "axe") / "node_modules" / "axe-core" / "axe.min.js"
+    if not page.evaluate("'axe' in window"):
+        page.add_script_tag(path=script)
+    found = page.evaluate("axe.run().then((told) => told.violations)")
+    return [f"{one['id']}: {one['nodes'][0]['html'][:160]} {one['nodes'][0]['failureSummary']}" for one in found]
