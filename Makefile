@@ -49,7 +49,7 @@ define install
 	@touch $(2)
 endef
 
-.PHONY: always help up down chat install-dev test test-sdk test-simulation test-outages test-cluster test-image test-focus test-browser screenshots torture check bench clean-venv
+.PHONY: always help up down chat install-dev test test-sdk test-simulation test-outages test-cluster test-image test-focus test-fronts test-browser screenshots torture check bench clean-venv
 
 help: ## show this list
 	@echo "Behest: an OpenAI-compatible streaming gateway whose budgets hold, to the last token."
@@ -90,6 +90,9 @@ test-image: $(VENV)/.installed-dev ## build the image, run the sidecar in a cont
 
 test-focus: $(VENV)/.installed-dev ## let the official FOCUS validator judge a bill (needs Python 3.12, made ready here, once)
 	@$(BIN)/python -Im pytest tests/focus $(ARGS)
+
+test-fronts: $(VENV)/.installed-bench ## run the sidecar behind nginx and Envoy (Debian: apt install nginx-light)
+	@$(BIN)/python -Im pytest tests/fronts -s $(ARGS)
 
 test-browser: $(VENV)/.installed-dev ## run the tests that need a browser (Debian: apt install chromium)
 	@$(BIN)/python -Im pytest tests/browser $(ARGS)
