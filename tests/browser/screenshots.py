@@ -14,6 +14,7 @@ from typing import Any
 from playwright.sync_api import Browser, Page
 
 from behest_ledger.store.migrate import migrate
+from browser import chat_pictures
 from browser.chromium import running
 from browser.showcase import fill
 from conftest import execute, own_server
@@ -44,7 +45,12 @@ def page(scene: Scene) -> None:
             opened.screenshot(path=FOLDER / f"page-{scheme}.png")
 
 
-PICTURES: dict[str, Callable[[Scene], None]] = {"page": page}
+def chat(scene: Scene) -> None:
+    """The chat of examples/chat in its five states."""
+    chat_pictures.chat(scene.stack, scene.browser)
+
+
+PICTURES: dict[str, Callable[[Scene], None]] = {"page": page, "chat": chat}
 
 
 def main() -> None:
