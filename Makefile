@@ -49,7 +49,7 @@ define install
 	@touch $(2)
 endef
 
-.PHONY: always help up down chat install-dev test test-sdk test-simulation test-outages test-cluster test-image test-focus test-fronts test-browser screenshots torture check bench clean-venv
+.PHONY: always help up down chat install-dev test test-sdk test-simulation test-outages test-cluster test-image test-focus test-finops test-fronts test-browser screenshots torture check bench clean-venv
 
 help: ## show this list
 	@echo "Behest: an OpenAI-compatible streaming gateway whose budgets hold, to the last token."
@@ -93,6 +93,9 @@ test-focus: $(VENV)/.installed-dev ## let the official FOCUS validator judge a b
 
 test-fronts: $(VENV)/.installed-bench ## run the sidecar behind nginx and Envoy (Debian: apt install nginx-light)
 	@$(BIN)/python -Im pytest tests/fronts -s $(ARGS)
+
+test-finops: $(VENV)/.installed-dev ## let a real Prometheus look on, and try every query of the dashboards and every alert (Debian: apt install prometheus)
+	@$(BIN)/python -Im pytest tests/finops $(ARGS)
 
 test-browser: $(VENV)/.installed-dev ## run the tests that need a browser (Debian: apt install chromium)
 	@$(BIN)/python -Im pytest tests/browser $(ARGS)
