@@ -35,7 +35,8 @@ class Machine:
         self.checkout.mkdir()
         self.path = path / "bin"
         self.path.mkdir()
-        for name in ("Makefile", "pyproject.toml"):
+        (self.checkout / "sdk" / "python").mkdir(parents=True)
+        for name in ("Makefile", "pyproject.toml", "sdk/python/pyproject.toml"):
             shutil.copy(ROOT / name, self.checkout / name)
         for name in ("sh", "make", "rm", "mkdir", "cp", "touch", "cat", "chmod", "awk", "echo"):
             found = shutil.which(name)
@@ -63,7 +64,8 @@ class Machine:
     @property
     def installations(self) -> list[str]:
         log = self.checkout / "pip.log"
-        return [line.rpartition(" ")[2] for line in log.read_text().splitlines()] if log.exists() else []
+        lines = log.read_text().splitlines() if log.exists() else []
+        return [line.partition(" -e ")[2].partition(" ")[0] for line in lines]
 
 
 @pytest.fixture

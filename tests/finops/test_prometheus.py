@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from urllib.parse import urlsplit
 
 import httpx
@@ -40,7 +41,7 @@ def watched(template: Server, tmp_path_factory: pytest.TempPathFactory) -> Itera
     ):
         project = stack.project(project="  attribution: {team: search, costCenter: cc-7}")
         with ThreadPoolExecutor(CLIENTS) as pool:
-            done = list(pool.map(lambda first: serve(project, first), range(CLIENTS)))
+            done = list(pool.map(partial(serve, project), range(CLIENTS)))
         assert sum(done) == SESSIONS
         project.settled(number=SESSIONS)
         yield Watched(stack, project, running)
