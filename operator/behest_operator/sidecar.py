@@ -41,6 +41,9 @@ class Template(msgspec.Struct, frozen=True, kw_only=True):
     pod_port: int = 8079
     admin_port: int = 8081
     log_level: str = "info"
+    log_format: str = "text"
+    telemetry: dict[str, str] = {}
+    """OpenTelemetry's variables (`OTEL_*`)."""
     cpu_request: str | None = "50m"
     cpu_limit: str | None = None
     memory_request: str | None = "192Mi"
@@ -204,6 +207,7 @@ def _container(pod: Pod, namespace: str, settings: _Settings) -> Pod:
         "BEHEST_ADMIN_BIND": f"0.0.0.0:{template.admin_port}",
         "BEHEST_DRAIN_S": str(template.drain_seconds),
         "BEHEST_LOG_LEVEL": template.log_level,
+        "BEHEST_LOG_FORMAT": template.log_format,
         "BEHEST_WORKLOAD_NAMESPACE": namespace,
         "BEHEST_WORKLOAD_NAME": _owner(pod),
         "BEHEST_WORKLOAD_PROJECT": settings.project,
@@ -211,6 +215,7 @@ def _container(pod: Pod, namespace: str, settings: _Settings) -> Pod:
     }
     if template.database_pooler != "none":
         plain["BEHEST_DATABASE_POOLER"] = template.database_pooler
+    plain |= template.telemetry
     if settings.by_workload:
         plain["BEHEST_POD_BIND"] = f"127.0.0.1:{template.pod_port}"
     environment: list[Pod] = [{"name": name, "value": value} for name, value in plain.items()]

@@ -38,6 +38,11 @@ MATRIX: dict[str, tuple[str, ...]] = {
     "without policies": ("networkPolicies.enabled=false",),
     "monitors": (*_GATEWAY, "serviceMonitor.enabled=true", "serviceMonitor.labels.release=prometheus"),
     "dashboards": ("dashboards.enabled=true", "dashboards.namespace=default"),
+    "telemetry": (
+        *_GATEWAY,
+        "telemetry.logFormat=json",
+        "telemetry.environment.OTEL_EXPORTER_OTLP_ENDPOINT=http://collector:4318",
+    ),
     "without definitions": ("crds.install=false",),
     "sidecars without limits": (
         "sidecar.resources.limits.memory=null",
@@ -75,6 +80,8 @@ WRONG: dict[tuple[str, ...], str] = {
     ("imagee.tag=1",): "additional properties 'imagee' not allowed",
     ("image.digest=latest",): "at '/image/digest': 'latest' does not match pattern",
     ("operator.policy=guess",): "at '/operator/policy': value must be one of 'checkpoint', 'hold'",
+    ("telemetry.environment.PATH=/tmp",): "at '/telemetry/environment': invalid propertyName 'PATH'",
+    ("telemetry.environment.OTEL_SDK_DISABLED=true",): "at '/telemetry/environment/OTEL_SDK_DISABLED': got boolean",
     ("operator.replicas=2",): "at '/operator': additional properties 'replicas' not allowed",
 }
 """Values that are refused, and what the message says."""

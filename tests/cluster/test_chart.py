@@ -272,7 +272,8 @@ def test_a_changed_sidecar_is_seen_on_the_webhooks_pods_and_on_its_own(control_p
     for change in (
         "image.tag=9.9.9", "image.pullPolicy=Always", "sidecar.port=9000", "sidecar.podPort=9001",
         "sidecar.adminPort=9002", "sidecar.logLevel=debug", "sidecar.drainSeconds=5", "sidecar.journalSize=1Gi",
-        "sidecar.defaultProject=shop",
+        "sidecar.defaultProject=shop", "telemetry.logFormat=json",
+        "telemetry.environment.OTEL_EXPORTER_OTLP_ENDPOINT=http://collector:4318",
         "sidecar.resources.limits.cpu=2", "sidecar.resources.limits.memory=null", "sidecar.resources.requests.cpu=1",
         "sidecar.resources.requests.memory=1Gi", POOLED,
     ):  # fmt: skip

@@ -55,6 +55,20 @@ def test_a_sidecar_behind_a_pooler_is_told_so_and_another_is_told_nothing() -> N
     assert "BEHEST_DATABASE_POOLER" not in environment(injected(pod())["spec"]["initContainers"][0])
 
 
+def test_a_sidecar_tells_of_itself_where_the_chart_says_and_the_pods_own_containers_are_told_nothing_of_it() -> None:
+    telemetry = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4318", "OTEL_TRACES_SAMPLER_ARG": "0.01"}
+    template = Template(image="behest", log_format="json", telemetry=telemetry)
+    found = injected(pod(), template)["spec"]
+    sidecar = environment(found["initContainers"][0])
+    assert {name: value for name, value in sidecar.items() if name.startswith("OTEL_")} == telemetry
+    assert sidecar["BEHEST_LOG_FORMAT"] == "json"
+    assert not [name for name in environment(found["containers"][0]) if name.startswith("OTEL_")]
+    assert template.hash != Template(image="behest", log_format="json").hash
+    plain = environment(injected(pod())["spec"]["initContainers"][0])
+    assert plain["BEHEST_LOG_FORMAT"] == "text"
+    assert not [name for name in plain if name.startswith("OTEL_")]
+
+
 def test_the_containers_learn_where_the_sidecar_is() -> None:
     found = injected(pod(initContainers=[{"name": "prepare", "image": "x"}]))["spec"]
     for container in (found["containers"][0], found["initContainers"][1]):
