@@ -49,7 +49,7 @@ define install
 	@touch $(2)
 endef
 
-.PHONY: always help up down chat install-dev test test-sdk test-simulation test-outages test-cluster test-image test-focus test-finops test-fronts test-browser screenshots torture check bench clean-venv
+.PHONY: always help up down chat install-dev test test-sdk test-simulation test-outages test-cluster test-image test-focus test-finops test-fronts test-browser bench-page screenshots torture check bench clean-venv
 
 help: ## show this list
 	@echo "Behest: an OpenAI-compatible streaming gateway whose budgets hold, to the last token."
@@ -99,6 +99,9 @@ test-finops: $(VENV)/.installed-dev ## let a real Prometheus look on, and try ev
 
 test-browser: $(VENV)/.installed-dev ## run the tests that need a browser (Debian: apt install chromium)
 	@$(BIN)/python -Im pytest tests/browser $(ARGS)
+
+bench-page: $(VENV)/.installed-dev ## measure the frames of the chat while 50,000 tokens stream into it (needs a browser)
+	@PYTHONPATH=tests $(BIN)/python -m browser.long_answer $(ARGS)
 
 screenshots: $(VENV)/.installed-dev ## take the pictures of the documents anew (needs a browser, too)
 	@PYTHONPATH=tests $(BIN)/python -m browser.screenshots $(ARGS)

@@ -7,18 +7,20 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import msgspec
 from playwright.sync_api import Browser, Page, expect
 
 from browser.site import Site
 from typescript.packages import install
 
-TOKENS_LONG = 50_000
-
-_WATCH = """() => {
-  const watched = { frames: [], growth: [], nodes: 0, last: performance.now(), length: 0 };
+_WATCH = """(readsText) => {
+  const watched = { frames: [], growth: [], tasks: [], last: performance.now(), length: 0 };
   window.watched = watched;
+  new PerformanceObserver((list) => {
+    for (const task of list.getEntries()) watched.tasks.push(task.duration);
+  }).observe({ type: 'longtask' });
   const look = (now) => {
-    const text = document.querySelector('[data-testid=text]');
+    const text = readsText ? document.querySelector('[data-testid=text]') : null;
     const length = text ? text.textContent.length : 0;
     watched.frames.push(now - watched.last);
     if (length !== watched.length) watched.growth.push([now, length - watched.length]);
@@ -58,15 +60,25 @@ def ended(page: Page, *, timeout_ms: float = 60_000) -> None:
     expect(page.get_by_test_id("send")).to_be_visible(timeout=timeout_ms)
 
 
-def watch(page: Page) -> None:
-    """Measure each frame from now on: how long it took, and by how much the text grew."""
-    page.evaluate(_WATCH)
+class Watched(msgspec.Struct, frozen=True):
+    """What was seen of a page; times are milliseconds."""
+
+    frames: list[float]
+    """From each frame to the next."""
+    tasks: list[float]
+    """The scripts and layouts that took longer than 50 ms: what the page itself does to a frame."""
+    growth: list[tuple[float, int]]
+    """When the text grew, and by how much."""
 
 
-def watched(page: Page) -> tuple[list[float], list[tuple[float, int]]]:
-    """Milliseconds of the frames; the times and lengths of what was added."""
-    found = page.evaluate("() => { cancelAnimationFrame(watched.handle); return watched; }")
-    return found["frames"], [(time, length) for time, length in found["growth"]]
+def watch(page: Page, *, reads_text: bool = True) -> None:
+    """Look at each frame from now on. Reading a long text takes a while of each frame itself."""
+    page.evaluate(_WATCH, reads_text)
+
+
+def watched(page: Page) -> Watched:
+    """What was seen since."""
+    return msgspec.convert(page.evaluate("() => { cancelAnimationFrame(watched.handle); return watched; }"), Watched)
 
 
 def violations(page: Page, repository: Path) -> list[str]:

@@ -20,7 +20,7 @@ _SETTLE_MS = 700
 
 
 @contextmanager
-def _site(stack: Stack, limit_usd: str) -> Generator[tuple[Site, Project]]:
+def chat_site(stack: Stack, limit_usd: str) -> Generator[tuple[Site, Project]]:
     """The chat, built, for a project whose sessions have so much."""
     run(["npm", "run", "build"], install(_EXAMPLE.parents[1] / "sdk" / "typescript"))
     run(["npm", "run", "build"], install(_EXAMPLE))
@@ -38,7 +38,7 @@ def _take(page: Page, name: str) -> None:
 def chat(stack: Stack, browser: Browser) -> None:
     """Empty, streaming, reconnecting, at the end of a budget, and long Markdown in the dark."""
     beside = StackBeside.of(stack)
-    with _site(beside, "1") as (site, project):
+    with chat_site(beside, "1") as (site, project):
         with opened(browser, site) as page:
             _take(page, "empty")
             ask(page, "Write a token bucket in TypeScript.")
@@ -46,7 +46,7 @@ def chat(stack: Stack, browser: Browser) -> None:
             _take(page, "streaming")
         _dark(browser, site)
         _reconnecting(browser, site, project)
-    with _site(beside, "0.0001") as (site, _), opened(browser, site) as page:
+    with chat_site(beside, "0.0001") as (site, _), opened(browser, site) as page:
         ask(page, "Write a token bucket in TypeScript.")
         expect(page.get_by_test_id("upgrade")).to_be_visible(timeout=30_000)
         _take(page, "budget")
