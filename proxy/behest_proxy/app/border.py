@@ -90,8 +90,10 @@ class Border:
             if message["type"] == "http.response.start":
                 begun = True
                 context.status = message["status"]
-                # Read now, not before: whose answer it is may be known only by then.
-                message = {**message, "headers": [*message["headers"], *context.headers()]}
+                # Read now, not before: whose answer it is may be known only by then. A stream brings them itself, for
+                # under our own edge it does not pass here; twice, they would keep browsers from reading it.
+                if not any(name == b"x-request-id" for name, _ in message["headers"]):
+                    message = {**message, "headers": [*message["headers"], *context.headers()]}
             await send(message)
 
         try:
