@@ -38,6 +38,7 @@ MATRIX: dict[str, tuple[str, ...]] = {
     "without policies": ("networkPolicies.enabled=false",),
     "monitors": (*_GATEWAY, "serviceMonitor.enabled=true", "serviceMonitor.labels.release=prometheus"),
     "dashboards": ("dashboards.enabled=true", "dashboards.namespace=default"),
+    "alerts": ("alerts.enabled=true", "alerts.labels.release=prometheus"),
     "telemetry": (
         *_GATEWAY,
         "telemetry.logFormat=json",
@@ -80,7 +81,7 @@ WRONG: dict[tuple[str, ...], str] = {
     ("imagee.tag=1",): "additional properties 'imagee' not allowed",
     ("image.digest=latest",): "at '/image/digest': 'latest' does not match pattern",
     ("operator.policy=guess",): "at '/operator/policy': value must be one of 'checkpoint', 'hold'",
-    ("telemetry.environment.PATH=/tmp",): "at '/telemetry/environment': invalid propertyName 'PATH'",
+    ("telemetry.environment.PATH=/tmp",): "invalid propertyName 'PATH'",
     ("telemetry.environment.OTEL_SDK_DISABLED=true",): "at '/telemetry/environment/OTEL_SDK_DISABLED': got boolean",
     ("operator.replicas=2",): "at '/operator': additional properties 'replicas' not allowed",
 }

@@ -22,6 +22,7 @@ FOREIGN = {
     "certificates.cert-manager.io": ("v1", "Certificate"),
     "issuers.cert-manager.io": ("v1", "Issuer"),
     "podmonitors.monitoring.coreos.com": ("v1", "PodMonitor"),
+    "prometheusrules.monitoring.coreos.com": ("v1", "PrometheusRule"),
 }
 """Kinds of others that the chart makes objects of."""
 POOLED = (

@@ -1,0 +1,147 @@
+"""Requests of two teams with two models that end in every usual way, and a Prometheus that sees them come."""
+
+import asyncio
+import os
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import httpx
+
+from conftest import Server, execute, own_database
+from finops.prometheus import SCRAPE_S, Prometheus, prometheus
+from readers import Reader
+from stack import Project, Stack, running_stack, wait_until
+
+TEAMS = {"search": "cc-7", "ads": "cc-9"}
+MODELS = ("gpt-4o-mini", "gpt-4o")
+QUESTION = [{"role": "user", "content": "Tell me a story."}]
+LOGIN = f"behest_grafana_{os.getpid()}"
+GRANTS = (
+    f"CREATE ROLE {LOGIN} LOGIN PASSWORD 'of-grafana'",
+    f"GRANT USAGE ON SCHEMA ledger TO {LOGIN}",
+    (
+        "GRANT SELECT ON ledger.request, ledger.correction, ledger.request_now, ledger.budget, ledger.budget_window"
+        f" TO {LOGIN}"
+    ),
+    f"GRANT EXECUTE ON FUNCTION ledger.session_tenants_v1() TO {LOGIN}",
+    f"INSERT INTO ledger.tenant_role (role_name) VALUES ('{LOGIN}')",
+)
+"""What docs/telemetry.md says of Grafana's login."""
+
+
+POOR = """
+apiVersion: behest.ai/v1alpha1
+kind: Budget
+metadata: {{name: poor, namespace: {namespace}}}
+spec:
+  scope: {{project: app, user: poor}}
+  limit: {{amount: "0.0000001", currency: USD}}
+  window: {{period: Day}}
+"""
+
+
+@dataclass
+class Seen:
+    stack: Stack
+    prometheus: Prometheus
+    projects: dict[str, Project]
+    """By team."""
+    reader_dsn: str
+    """As Grafana connects."""
+    since_s: float = 0.0
+    """What came later is in Prometheus with a sample before it."""
+
+    def window(self) -> str:
+        """A range that begins there, for an expression that is asked now."""
+        return f"{round((time.time() - self.since_s) * 1000) + 200}ms"
+
+    def told_too_much(self) -> float:
+        """By how much `increase` may pass what came: it goes on to the window's ends, a scrape's time at each."""
+        seconds = time.time() - self.since_s
+        return seconds / (seconds - 3 * SCRAPE_S)
+
+    def ledger(self, sql: str) -> Any:
+        """One value, of the requests since then where it says `{since}`."""
+        ((value,),) = [row.values() for row in self.stack.query(sql.format(since=f"to_timestamp({self.since_s})"))]
+        return value
+
+
+def ask(project: Project, session: str, user: str = "ann", **body: Any) -> httpx.Response:
+    return httpx.post(
+        project.stack.base_url + "/v1/chat/completions",
+        headers={"Authorization": f"Bearer {project.mint(user=user, session=session)}"},
+        json={"messages": QUESTION, **body},
+        timeout=30,
+    )
+
+
+def round_of(project: Project, session: str, times: int) -> None:
+    """So many of each: answers of both models, a client that leaves, a provider that fails, and one that is refused."""
+    for number in range(times):
+        for model in MODELS:
+            sim = {"output_tokens": 5 + number}
+            assert ask(project, session, model=model, stream=True, sim=sim).status_code == 200
+        assert ask(project, session, sim={"status": 500}).status_code == 502
+        leave(project, session)
+        assert ask(project, session, user="poor").status_code == 402
+
+
+def leave(project: Project, session: str) -> None:
+    token = project.mint(user="ann", session=session)
+    body = {"messages": QUESTION, "stream": True, "sim": {"output_tokens": 500, "chunk_interval_ms": 5}}
+    url, headers = project.stack.base_url + "/v1/chat/completions", {"Authorization": f"Bearer {token}"}
+    with httpx.stream("POST", url, headers=headers, json=body, timeout=30) as answer:
+        for number, _ in enumerate(answer.iter_lines()):
+            if number > 10:
+                return
+
+
+def ended(seen: Seen) -> float:
+    return seen.prometheus.number("sum(behest_stream_outcomes_total)")
+
+
+def settle(seen: Seen, number: int) -> None:
+    """Wait until the ledger has so many requests, and Prometheus has seen them twice."""
+    wait_until(lambda: seen.ledger("SELECT count(*)::int FROM ledger.request") == number, what=f"{number} requests")
+    wait_until(lambda: ended(seen) == number, what="Prometheus's look at them")
+    time.sleep(2 * SCRAPE_S)
+
+
+@contextmanager
+def traffic(template: Server, folder: Path) -> Generator[Seen]:
+    """A round of requests, so that every series is there, and then the ones that count; one goes on meanwhile."""
+    with (
+        own_database(template, "dashboards") as dsn,
+        running_stack(dsn, folder) as stack,
+        prometheus(folder, {"behest": [urlsplit(stack.admin_url).netloc]}) as running,
+    ):
+        asyncio.run(execute(dsn, *GRANTS))
+        parts = urlsplit(dsn)
+        login = urlunsplit(parts._replace(netloc=f"{LOGIN}:of-grafana@{parts.netloc.rpartition('@')[2]}"))
+        projects = {
+            team: stack.project(project=f"  attribution: {{team: {team}, costCenter: {center}}}", limit_usd="0.9")
+            for team, center in TEAMS.items()
+        }
+        stack.apply("---".join(POOR.format(namespace=project.namespace) for project in projects.values()))
+        seen = Seen(stack, running, projects, login)
+        try:
+            for team in TEAMS:
+                round_of(projects[team], "first", 1)
+            settle(seen, 4 * len(TEAMS))
+            seen.since_s = time.time()
+            for times, team in enumerate(TEAMS, start=2):
+                round_of(projects[team], f"session-{team}", times)
+            long = Reader(
+                stack.base_url, projects["ads"].mint(session="long"), output_tokens=400, chunk_interval_ms=200
+            )
+            long.begun()
+            settle(seen, 4 * len(TEAMS) + 4 * (2 + 3))
+            yield seen
+        finally:
+            asyncio.run(execute(dsn, f"DROP OWNED BY {LOGIN}"))
+            asyncio.run(execute(template.dsn, f"DROP ROLE {LOGIN}"))
