@@ -72,6 +72,7 @@ async def two_houses(dsn: str) -> AsyncGenerator[Houses]:
             )
             ended = await admitted(role, tenant, holder)
             await holds.settle(role, [settlement(ended, input=1, output=1, tenant=tenant)])
+            await said_something(owner, tenant, holder)
             holders_of.append(holder)
             requests_of.append(await admitted(role, tenant, holder))
         yield Houses(owner, dsn, acme, globex, *holders_of, *requests_of)
@@ -111,6 +112,28 @@ spec:
     await identity.register_api_key(
         owner, tenant_id=tenant, project_id=f"{tenant}/shop", key=new_api_key(), role="admin", name="test"
     )
+
+
+async def said_something(owner: Any, tenant: str, holder: UUID) -> None:
+    """A conversation of the tenant's, and a reply that a repeated call would get."""
+    thread, generation = uuid4(), uuid4()
+    for table, columns, values in (
+        ("thread", "tenant_id, thread_key, project_id, user_id, thread_id", (tenant, thread, "p", "ann", "t")),
+        (
+            "generation",
+            "tenant_id, generation_id, thread_key, state, holder_id",
+            (tenant, generation, thread, "whole", holder),
+        ),
+        ("generation_chunk", "tenant_id, generation_id, first_event, events, data", (tenant, generation, 1, 1, b"x")),
+        ("thread_message", "tenant_id, thread_key, number, role, content", (tenant, thread, 1, "user", b"x")),
+        (
+            "idempotency_key",
+            "tenant_id, project_id, user_id, key_sha256, request_sha256, generation_id",
+            (tenant, "p", "ann", b"k", b"r", generation),
+        ),
+    ):
+        places = ", ".join(f"${place}" for place in range(1, len(values) + 1))
+        await owner.execute(f"INSERT INTO ledger.{table} ({columns}) VALUES ({places})", *values)
 
 
 async def admitted(role: Any, tenant: str, holder: UUID) -> UUID:
