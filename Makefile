@@ -49,7 +49,7 @@ define install
 	@touch $(2)
 endef
 
-.PHONY: always help up down chat install-dev test test-sdk test-simulation test-outages test-cluster test-image test-focus test-finops test-fronts test-browser bench-page screenshots torture check bench clean-venv
+.PHONY: always help up down chat install-dev test test-sdk test-simulation test-outages test-cluster test-image test-focus test-finops test-fronts test-browser bench-page screenshots torture check bench soak clean-venv
 
 help: ## show this list
 	@echo "Behest: an OpenAI-compatible streaming gateway whose budgets hold, to the last token."
@@ -119,6 +119,9 @@ check: $(VENV)/.installed-dev ## lint, format, types, architecture, tests: what 
 
 bench: $(VENV)/.installed-bench ## measure the figures of the README
 	@$(BIN)/python $(BENCH) $(ARGS)
+
+soak: $(VENV)/.installed-dev ## mixed load for half an hour: memory and descriptors must come to rest (ARGS="--minutes 30")
+	@$(BIN)/python -m bench.soak $(ARGS)
 
 clean-venv: ## remove .venv
 	rm -rf $(VENV)

@@ -126,18 +126,24 @@ class _Http1(asyncio.Protocol):
         """It is closed."""
 
 
+async def leave(wire: Wire, base_url: str, token: str) -> _Http1 | _Http2:
+    """Begin a stream and reset it after some events; its connection is the caller's to close."""
+    address = urlsplit(base_url)
+    made = _Http2 if wire == "h2" else _Http1
+    _, client = await asyncio.get_running_loop().create_connection(
+        lambda: made(address.netloc, token), address.hostname or "", address.port or 80
+    )
+    await client.done
+    return client
+
+
 async def measure(wire: Wire, base_url: str, upstream_url: str, token: str, say: Callable[[str], None]) -> Latencies:
     """Reset `STREAMS` streams, `AT_ONCE` at a time, and ask the simulator when it saw each."""
-    address = urlsplit(base_url)
-    loop = asyncio.get_running_loop()
     stamps: dict[str, int] = {}
     say(f"cancel-{wire}: {STREAMS} streams, {AT_ONCE} at a time")
 
     async def one() -> None:
-        made = _Http2 if wire == "h2" else _Http1
-        _, client = await loop.create_connection(
-            lambda: made(address.netloc, token), address.hostname or "", address.port or 80
-        )
+        client = await leave(wire, base_url, token)
         request_id, at_ns = await client.done
         stamps[request_id] = at_ns
         await asyncio.sleep(0.2)

@@ -60,7 +60,7 @@ def behest(folder: Path, upstream_url: str, *, tokens: int, database_url: str | 
     with _running(command, folder / "behest.log", database_url=database_url) as process:
         _wait(process, folder / "behest.log", ready_file.exists)
         ready = json.loads(ready_file.read_text(encoding="utf-8"))
-        minted = [_mint(ready["base_url"], ready["api_key"], number) for number in range(tokens)]
+        minted = [mint(ready["base_url"], ready["api_key"], number) for number in range(tokens)]
         yield Peer("behest", ready["base_url"], ready["proxy_pid"], minted, ready["pid"], ready["api_key"])
 
 
@@ -132,7 +132,7 @@ def _address(host: str, port: int) -> dict[str, object]:
     return {"socket_address": {"address": host, "port_value": port}}
 
 
-def _mint(base_url: str, api_key: str, number: int) -> str:
+def mint(base_url: str, api_key: str, number: int) -> str:
     """A token of its own for every stream: its own user and session, so its own budget row."""
     body = json.dumps({"user_id": f"bench-user-{number}", "session_id": f"bench-{number}", "ttl": 3600}).encode()
     headers = {"authorization": f"Bearer {api_key}", "content-type": "application/json"}
