@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from behest_ledger.store.pool import connect
-from behest_ledger.telemetry.names import INSTRUMENTS
 from conftest import Server
 from finops.traffic import GRANTS, LOGIN, MODELS, TEAMS, Seen, traffic
 
@@ -164,7 +163,10 @@ def models(seen: Seen, rows: Rows) -> None:
 
 def failing(seen: Seen, rows: Rows) -> None:
     share = seen.ledger(f"SELECT (count(*) FILTER (WHERE {PROVIDER_FAILED}))::float8 / count(*){SINCE}")
-    assert by(rows, "gen_ai_provider_name") == {"provider": pytest.approx(share, rel=0.05)}
+    ((name, found),) = by(rows, "gen_ai_provider_name").items()
+    assert name == "provider"
+    # Either count is carried on to the window's ends by itself.
+    assert share / seen.told_too_much() <= found <= share * seen.told_too_much()
 
 
 def refused(seen: Seen, rows: Rows) -> None:
@@ -230,31 +232,3 @@ def test_the_page_says_what_grafanas_login_needs() -> None:
 
 def test_every_query_is_checked() -> None:
     assert set(CHECKS) == set(TARGETS)
-
-
-@pytest.mark.parametrize("board", BOARDS)
-def test_a_dashboard_uses_only_metrics_that_there_are(board: str) -> None:
-    known = {item.series_name + end for item in INSTRUMENTS for end in ("", "_bucket", "_sum", "_count")}
-    labels = {attribute.replace(".", "_") for item in INSTRUMENTS for attribute in item.attributes}
-    expressions = [
-        target["expr"] for panel in BOARDS[board]["panels"] for target in panel["targets"] if "expr" in target
-    ]
-    words = {word for expression in expressions for word in re.findall(r"\b(?:behest|gen_ai)_\w+", expression)}
-    assert words
-    assert words <= known | labels
-
-
-@pytest.mark.parametrize("board", BOARDS)
-def test_a_dashboard_names_its_sources_by_variables_and_its_panels_do_not_overlap(board: str) -> None:
-    content = BOARDS[board]
-    names = {item["name"] for item in content["templating"]["list"]}
-    places: set[tuple[int, int]] = set()
-    for panel in content["panels"]:
-        assert panel["description"], panel["title"]
-        assert {target["datasource"]["uid"].strip("${}") for target in panel["targets"]} <= names
-        at = panel["gridPos"]
-        mine = {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
-        assert not mine & places, panel["title"]
-        assert at["x"] + at["w"] <= 24
-        places |= mine
-    assert len({panel["id"] for panel in content["panels"]}) == len(content["panels"])
