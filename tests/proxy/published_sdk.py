@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false
+# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportArgumentType=false
 """Every call of the published SDK, unmodified. Run by its own Python, in which nothing of ours is installed."""
 
 import base64
