@@ -222,6 +222,8 @@ class MemoryLedger(MoneyLedger):
             due = window.charge(item["amount_pico"], item["input_tokens"], item["output_tokens"], item["requests"])
             change = due - paid.get(window_id, 0)
             if change >= 0:
+                if window.ceiling is not None and change > window.limit - window.balance:
+                    self.recall(window, 0)
                 spend = change if window.ceiling is None else min(change, max(window.limit - window.balance, 0))
                 overrun = change - spend
             else:

@@ -24,6 +24,17 @@ from ledger.memory_windows import Key, Window
 from simulation.remembered import SimulatedMemory
 from simulation.sidecar import Parts
 
+FREE: dict[str, Any] = {
+    "outcome": "crashed",
+    "source": "none",
+    "requests": 1,
+    "input_tokens": 0,
+    "output_tokens": 0,
+    "amount_pico": 0,
+    "facts": {"policy": "free"},
+}
+"""What a request is written as that ends without a charge."""
+
 # --- bugs of the ledger ---------------------------------------------------------------------------------------------
 
 
@@ -66,9 +77,11 @@ class ReapsToAvailable(MemoryLedger):
 
     def reap_v1(self, limit: int, since_s: float = float("-inf")) -> dict[str, Any]:
         report = super().reap_v1(limit, since_s)
-        for (_, request), hold in self.holds.items():
+        for key, hold in self.holds.items():
+            request = key[1]
             if hold.state == "suspense":
                 hold.state = "charged_by_policy"
+                self._write_request(key, FREE)
                 for window_id, held in hold.lines.items():
                     self.post(request, window_id, 1_000_003, "suspense", "available", held)
                     self.windows[window_id].suspense -= held

@@ -62,7 +62,7 @@ class Pod:
             self.lost_disk_next = False
         process = self.process = Process(simulation.world, f"pod-{self.number}.{self.lives}")  # type: ignore[abstract]
         process.on_killed = self._killed
-        self.asked = [asked for asked in self.asked if not simulation.is_settled(asked)]
+        self.asked = [asked for asked in self.asked if not simulation.is_told(asked)]
         self.gateway = SimulatedGateway(
             process, simulation.database, self.disk, simulation.asked_by_name, simulation.parts
         )
@@ -83,7 +83,7 @@ class Pod:
     def _is_gone(self) -> None:
         """What is not settled yet is settled from the journal, as far as that is there and whole."""
         for asked in self.asked:
-            if not asked.ended or not self.simulation.is_settled(asked):
+            if not asked.ended or not self.simulation.is_told(asked):
                 asked.killed = True
                 asked.forgotten |= self.lost_disk_next or self.simulation.disk_was_full
 
@@ -133,10 +133,10 @@ class Simulation:
         self.pods = [Pod(self, number) for number in range(plan.sidecars)]
         self._schedule()
 
-    def is_settled(self, asked: Asked) -> bool:
-        """Whether the books have its end."""
+    def is_told(self, asked: Asked) -> bool:
+        """Whether the books have its end from its sidecar; a policy only guesses."""
         hold = self.ledger.holds.get((TENANT, asked.request_id))
-        return hold is not None and hold.state not in ("open", "suspense")
+        return hold is not None and hold.state not in ("open", "suspense", "charged_by_policy")
 
     # --- the course of things ----------------------------------------------------------------------------------
 

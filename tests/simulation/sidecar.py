@@ -14,6 +14,7 @@ from behest_ledger.store.admissions import AdmissionDesk
 from behest_ledger.store.credit import CreditDesk
 from behest_ledger.store.errors import LedgerError
 from behest_ledger.store.writer import SettlementWriter
+from behest_ledger.telemetry.settings import TelemetrySettings
 from behest_ledger.token_counts import TokenCounts
 from behest_proxy.app.conduct import Conduct
 from behest_proxy.app.context import RequestContext
@@ -21,6 +22,7 @@ from behest_proxy.app.gateway import Gateway
 from behest_proxy.app.holder import Holder
 from behest_proxy.app.leasing import Leasing
 from behest_proxy.app.settings import Settings
+from behest_proxy.app.telemetry import Telemetry
 from behest_proxy.errors import ShownError
 from behest_proxy.exchange import Exchange
 from behest_proxy.holding import HoldPlan, limit_for, plan
@@ -134,7 +136,10 @@ class SimulatedGateway(Gateway):
         self.issuer_keys: Any = _Nothing()
         self.draining = self.leaving = False
         self.is_serving = False
-        self._poll_task = self._memory_task = self._holder_task = None
+        self._poll_task = self._memory_task = self._holder_task = self._replies_task = None
+        self.replies: Any = _Nothing()
+        self.replies_pool = None
+        self.telemetry = Telemetry(TelemetrySettings(), name=process.name)
         self._tasks = Ordered()
         self._clock_s = process.time
         self._ledger_heard_s = 0.0
@@ -254,5 +259,9 @@ class _Nothing:
     def clear(self) -> None: ...
 
     async def reread(self, *_: object) -> None: ...
+
+    async def run(self, *_: object) -> None: ...
+
+    async def flush(self, *_: object) -> None: ...
 
     async def aclose(self) -> None: ...
