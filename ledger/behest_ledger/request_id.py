@@ -15,3 +15,8 @@ def request_id(unix_ms: int, random_bits: int) -> UUID:
     rand_a = random_bits & 0xFFF
     rand_b = (random_bits >> 12) & ((1 << 62) - 1)
     return UUID(int=((unix_ms & ((1 << 48) - 1)) << 80) | _VERSION | (rand_a << 64) | _VARIANT | rand_b)
+
+
+def unix_ms_of(name: UUID) -> int:
+    """The time inside a UUIDv7."""
+    return name.int >> 80

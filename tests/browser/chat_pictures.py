@@ -10,7 +10,7 @@ from playwright.sync_api import Browser, Page, expect
 from browser.beside import StackBeside
 from browser.chat_page import ask, ended, opened
 from browser.site import Site, serving
-from sdk.cutter import cutting
+from cutter import cutting
 from stack import Project, Stack
 from typescript.packages import install, run
 

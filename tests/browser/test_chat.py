@@ -12,7 +12,7 @@ from browser.beside import StackBeside
 from browser.chat_page import ask, ended, opened, violations, watch, watched
 from browser.long_answer import TOKENS, play
 from browser.site import Site
-from sdk.cutter import cutting
+from cutter import cutting
 from stack import Project, wait_until
 
 BURST_TOKENS, BURST_INTERVAL_MS = 50, 400

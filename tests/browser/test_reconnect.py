@@ -8,7 +8,7 @@ from playwright.sync_api import Browser
 
 from browser.beside import StackBeside
 from browser.site import Site
-from sdk.cutter import cutting
+from cutter import cutting
 from stack import Project, wait_until
 
 TOKENS = 200

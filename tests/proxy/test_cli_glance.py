@@ -109,7 +109,10 @@ async def _books(books: Books) -> None:
     await sidecar.checkpoint(await sidecar.admitted(), input=2, output=5)
 
 
-def test_once_prints_it_and_ends(database: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_once_prints_it_and_ends(
+    database: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
     keep_books(database, _books)
     assert main(["ledger", "top", "--once", "--database-url", database]) == 0
     told = capsys.readouterr().out

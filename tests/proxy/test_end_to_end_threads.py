@@ -1,6 +1,7 @@
 """Threads against the whole system: what is remembered, for whom, and that a broken reply goes on."""
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -176,42 +177,44 @@ TEXT = "One two three four five six seven eight nine ten eleven twelve. " * 4
 SLOW = {"text": TEXT, "chunk_interval_ms": 4, "continue_assistant": True}
 
 
-def test_a_client_with_ids_that_loses_its_connection_again_and_again_reads_the_uncut_text(stack: Stack) -> None:
+def cut_again_and_again(project: Project, thread: str, numbers: random.Random) -> int:
+    """Read one reply to its end over a connection that breaks; returns how often it broke."""
+    reader = Reader(project, thread)
+    text, last, attempts, ids = "", "", 0, list[str]()
+    while True:
+        attempts += 1
+        sim = dict(SLOW)
+        by_provider = numbers.random() < 0.4
+        if by_provider and attempts == 1:
+            sim["reset_after_chunks"] = numbers.randrange(0, 50)
+        more = {"Last-Event-ID": last} if last else {"X-Event-Ids": "1"}
+        heard = reader.stream(HI, leave_after=None if by_provider else numbers.randrange(0, 12), more=more, sim=sim)
+        assert heard.status == 200, heard.error
+        text += heard.text
+        ids += heard.ids
+        last = heard.ids[-1] if heard.ids else last
+        if heard.is_done and heard.error is None:
+            break
+        assert attempts < 60
+    assert text == TEXT
+    assert len({one.split("-")[0] for one in ids}) == 1
+    assert [int(one.split("-")[1]) for one in ids] == list(range(1, len(ids) + 1)), "neither a gap nor a repetition"
+    assert texts(messages_of(reader, thread, number=2)) == [("user", "Hi"), ("assistant", TEXT)]
+    return attempts - 1
+
+
+def test_clients_with_ids_that_lose_their_connections_again_and_again_read_the_uncut_text(stack: Stack) -> None:
     project = stack.project()
-    numbers = random.Random(11)
-    counted = set[str]()
-    cuts = 0
-    for case in range(30):
-        reader = Reader(project, f"cut-{case}")
-        text, last, attempts, ids = "", "", 0, list[str]()
-        while True:
-            attempts += 1
-            sim = dict(SLOW)
-            by_provider = numbers.random() < 0.4
-            if by_provider and attempts == 1:
-                sim["reset_after_chunks"] = numbers.randrange(0, 50)
-            more = {"Last-Event-ID": last} if last else {"X-Event-Ids": "1"}
-            heard = reader.stream(HI, leave_after=None if by_provider else numbers.randrange(0, 12), more=more, sim=sim)
-            assert heard.status == 200, heard.error
-            text += heard.text
-            ids += heard.ids
-            last = heard.ids[-1] if heard.ids else last
-            if heard.is_done and heard.error is None:
-                break
-            cuts += 1
-            assert attempts < 60
-        assert text == TEXT
-        assert len({one.split("-")[0] for one in ids}) == 1
-        assert [int(one.split("-")[1]) for one in ids] == list(range(1, len(ids) + 1)), "neither a gap nor a repetition"
-        counted.add(f"cut-{case}")
-        assert texts(messages_of(reader, f"cut-{case}", number=2)) == [("user", "Hi"), ("assistant", TEXT)]
-    assert cuts >= 50
+    names = [f"cut-{case}" for case in range(30)]
+    with ThreadPoolExecutor(6) as pool:
+        cuts = list(pool.map(lambda name: cut_again_and_again(project, name, random.Random(name)), names))
+    assert sum(cuts) >= 50
     rows = stack.query(
         "SELECT attributes ->> 'thread' AS thread, sum(output_tokens) AS output, count(*) AS requests"
         " FROM ledger.request_now WHERE project_id = $1 GROUP BY 1",
         project.project_id,
     )
-    assert {row["thread"] for row in rows} == counted
+    assert sorted(row["thread"] for row in rows) == sorted(names)
     whole = Reader(project, "uncut").stream(HI, sim=SLOW)
     assert whole.text == TEXT
     exactly = project.settled(number=sum(row["requests"] for row in rows) + 1)[-1]["output_tokens"]

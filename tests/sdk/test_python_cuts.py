@@ -7,7 +7,7 @@ import pytest
 
 from behest import BehestSync, retries
 from behest.testing import sync_http
-from sdk.cutter import cutting
+from cutter import cutting
 from stack import Project, Stack, wait_until
 
 QUESTION: list[Any] = [{"role": "user", "content": "Tell me a story."}]

@@ -18,6 +18,7 @@ from behest_ledger.store.errors import LedgerError, LedgerUnavailableError
 from behest_ledger.store.outage import Outage
 from behest_ledger.store.pool import Connection
 from behest_ledger.store.replay import Piece, Verdict
+from behest_ledger.store.threads import ThreadKey
 from behest_ledger.vault import Vault
 from behest_proxy.actions import Fail, Respond
 from behest_proxy.app.generation import Generation
@@ -127,6 +128,10 @@ class Replies:
         self._dirty[generation] = None
         if generation.state != "running" or generation.new_messages is not None:
             self._wake.set()
+
+    def is_unwritten(self, thread: ThreadKey) -> bool:
+        """Whether this process gives a reply in this thread of which the store knows nothing yet."""
+        return any(one.new_messages is not None and one.thread == thread for one in self._dirty)
 
     def given_up(self, generation: Generation, error: ShownError | None) -> None:
         """Its call failed before it was under way: a reply that goes on stays as broken as it was."""

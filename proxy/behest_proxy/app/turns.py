@@ -14,6 +14,7 @@ import msgspec
 
 from behest_ledger.configuration.routing import Route
 from behest_ledger.configuration.snapshot import Configuration, ProjectEntry
+from behest_ledger.request_id import unix_ms_of
 from behest_ledger.sealing import SealingError
 from behest_ledger.store import replay, threads
 from behest_ledger.store.errors import LedgerError
@@ -48,6 +49,8 @@ from behest_proxy.tokens import counter_for
 TAKE_OVER_S = 2.0
 """A sidecar that lives stops within half of it when its reply is wanted; one that does not is not waited for longer."""
 ASK_AGAIN_S = 0.05
+FRESH_S = 5.0
+"""A reply so young may be under way in another sidecar, and not be written yet."""
 
 
 class Asked(msgspec.Struct, frozen=True, kw_only=True):
@@ -286,6 +289,9 @@ class Turns:
         request, last_event = call.request, call.asked.last_event
         deadline_s = time.monotonic() + TAKE_OVER_S
         while True:
+            # Who lost its connection at the first words asks again before they are written.
+            while self._replies.is_unwritten(whose) and time.monotonic() < deadline_s:  # noqa: ASYNC110 - a rare case
+                await asyncio.sleep(ASK_AGAIN_S)
             messages = await threads.load_messages(
                 self._pool, whose, self._replies.vault, limit=max(call.memory.messages, len(request.messages)) + 2
             )
@@ -294,7 +300,10 @@ class Turns:
             repeats = last is not None and turn.repeats
             if before is not None and not (repeats and last is not None and last.generation_id == before.generation_id):
                 return None
-            if last_event is not None and not repeats:
+            if last_event is not None and not (repeats and last is not None and _is_of(last_event, last)):
+                if _is_fresh(last_event) and time.monotonic() < deadline_s:
+                    await asyncio.sleep(ASK_AGAIN_S)
+                    continue
                 raise _nothing_to_resume(last_event)
             if last is not None and repeats and last.state == "whole" and (last_event or before):
                 return await self._replayed(call, whose, last)
@@ -470,6 +479,14 @@ def _place(asked: EventId, generation: Generation) -> int:
         param="Last-Event-ID",
         details={"last_event_id": str(generation.last_id)},
     )
+
+
+def _is_of(asked: EventId, reply: StoredMessage) -> bool:
+    return asked.generation_id == reply.generation_id
+
+
+def _is_fresh(asked: EventId) -> bool:
+    return abs(time.time() - unix_ms_of(asked.generation_id) / 1000) < FRESH_S
 
 
 def _check_whole(ending: bytes | None) -> None:
