@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import os
+import shutil
 import ssl
 import tempfile
 from collections.abc import Callable, Generator, Iterator
@@ -30,6 +31,7 @@ settings.register_profile("behest", deadline=None)
 settings.load_profile("behest")
 
 _TEMPLATE = "behest_template"
+MEMORY_BYTES_MIN = 4 * 1024**3
 _numbers = count(1)
 
 
@@ -112,12 +114,18 @@ def postgres(request: pytest.FixtureRequest) -> Iterator[Server]:
 def own_server(binaries: Binaries | None) -> Generator[Server]:
     """A server for as long as the block runs; of the embedded programs where none are named."""
     # Not pytest's own folder: that is closed to others, and root's PostgreSQL runs as somebody else.
-    with tempfile.TemporaryDirectory(prefix="behest-test-") as name:
+    with tempfile.TemporaryDirectory(prefix="behest-test-", dir=_memory()) as name:
         Path(name).chmod(0o711)
         folder = DataFolder(Path(name) / "data")
         folder.create()
         with launch(folder, environment={"PATH": os.environ.get("PATH", "")}, binaries=binaries) as server:
             yield Server(server.dsn)
+
+
+def _memory() -> Path | None:
+    """A file system in memory, where there is a large one: hundreds of databases made and dropped keep a disk busy."""
+    shared = Path("/dev/shm")
+    return shared if os.access(shared, os.W_OK) and shutil.disk_usage(shared).free > MEMORY_BYTES_MIN else None
 
 
 def set_password(server: Server, user: str, database: str, password: str) -> str:

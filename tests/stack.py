@@ -18,13 +18,15 @@ from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import httpx
+from argon2 import PasswordHasher
 
 from behest_ledger.api_key_hash import new_api_key
 from behest_ledger.prices.snapshot import compile_package_book
+from behest_ledger.store import identity
 from behest_ledger.store.configuration import apply_text
-from behest_ledger.store.identity import register_api_key
 from behest_ledger.store.pool import connect
 from behest_ledger.store.prices import store_book
 from behest_ledger.store.verify import Verdict, verify
@@ -32,6 +34,7 @@ from behest_proxy.cli.preflight import free_port
 from behest_proxy.identity.keys import SigningKey
 
 _BEHEST = [sys.executable, "-I", "-m", "behest_proxy.cli.main"]
+_CHEAP_HASHER = PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)
 _numbers = count(1)
 
 
@@ -239,16 +242,18 @@ spec:
             )
         )
         made = Project(self, namespace, new_api_key())
-        self.run(
-            register_api_key(
-                self.dsn,
-                tenant_id=namespace,
-                project_id=made.project_id,
-                key=made.api_key,
-                role="admin",
-                name="test",
+        # Hundreds of keys are made here, and each is verified once: the hash's parameters are stored with it.
+        with patch.object(identity, "hash_api_key", _CHEAP_HASHER.hash):
+            self.run(
+                identity.register_api_key(
+                    self.dsn,
+                    tenant_id=namespace,
+                    project_id=made.project_id,
+                    key=made.api_key,
+                    role="admin",
+                    name="test",
+                )
             )
-        )
         if not served:
             return made
         token = made.mint()

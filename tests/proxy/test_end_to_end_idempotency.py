@@ -203,7 +203,7 @@ def test_across_two_sidecars_one_runs_it_and_the_other_says_so(stack: Stack, rea
 def test_a_key_outlives_the_sidecar_that_was_killed_but_not_for_ever(template: Server, tmp_path: Path) -> None:
     with (
         own_database(template, "keys") as dsn,
-        running_stack(dsn, tmp_path, BEHEST_HOLDER_TTL_S="3", BEHEST_JOURNAL_DIR=str(tmp_path / "journal")) as stack,
+        running_stack(dsn, tmp_path, BEHEST_HOLDER_TTL_S="5", BEHEST_JOURNAL_DIR=str(tmp_path / "journal")) as stack,
     ):
         reader = Reader(stack.project(), "t")
         reader.headers["Idempotency-Key"] = "k"
