@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from behest_proxy.request import PROMPT_TOKENIZED_BYTES_MAX
 from behest_proxy.tokens import FOREIGN_RATIO, bytes_bound, counter_for, warm
 
 
@@ -60,3 +61,14 @@ def test_many_threads_get_one_counter_and_one_count() -> None:
         thread.join()
     warm("cl100k_base")
     assert counts == [7] * 8
+
+
+def test_long_runs_without_a_word_are_counted() -> None:
+    """A tokenizer that is quadratic in the length of a run takes minutes for these."""
+    counter = counter_for("gpt-4o")
+    runs = [
+        "a" * PROMPT_TOKENIZED_BYTES_MAX,
+        " " * PROMPT_TOKENIZED_BYTES_MAX,
+        "ab" * (PROMPT_TOKENIZED_BYTES_MAX // 2),
+    ]
+    assert [counter.count(run) for run in runs] == [4096, 256, 8192]

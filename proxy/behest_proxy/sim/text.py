@@ -7,10 +7,11 @@ are grouped, and a gateway that counts either way must come to the usage that th
 
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import cache
 from typing import NamedTuple
 
-import toktok
+import splintr
 
 _PREFACE = "This is simulated text, made by behest-sim."
 _SENTENCE_TOKENS = 12
@@ -43,14 +44,18 @@ _BETWEEN_WORDS = re.compile(r"(?<=\S)(?= [A-Za-z])")
 
 
 def warm() -> None:
-    """Load the vocabulary, which takes a third of a second."""
-    token_count("")
+    """Load the vocabulary, which takes a moment."""
+    _tokenizer()
+
+
+@cache
+def _tokenizer() -> splintr.AnyTokenizer:
+    return splintr.Tokenizer.from_pretrained(_VOCABULARY)
 
 
 def token_count(text: str) -> int:
     """The number of tokens of a text."""
-    tokens: int = toktok.truncate(text, 1 << 62, _VOCABULARY)[1]
-    return tokens
+    return len(_tokenizer().encode_ordinary(text))
 
 
 @cache
@@ -88,14 +93,12 @@ def made_up_words(seed: int, stream: int) -> Iterator[Piece]:
 def pieces_of(text: str) -> Iterator[Piece]:
     """The text token by token; tokens that end inside a character come together with the next ones."""
     for segment in _BETWEEN_WORDS.split(text):
-        at = tokens_before = 0
-        while at < len(segment):
-            tokens = tokens_before + 1
-            # The first so many tokens of the whole segment: cut off from what follows, text has other tokens.
-            while len(head := toktok.truncate(segment, tokens, _VOCABULARY)[0]) <= at:
-                tokens += 1
-            yield Piece(segment[at : len(head)], tokens - tokens_before)
-            at, tokens_before = len(head), tokens
+        held, tokens = b"", 0
+        for number in _tokenizer().encode_ordinary(segment):
+            held, tokens = held + _tokenizer().decode_token_bytes(number), tokens + 1
+            with suppress(UnicodeDecodeError):
+                yield Piece(held.decode(), tokens)
+                held, tokens = b"", 0
 
 
 def without_beginning(pieces: Iterable[Piece], said: str) -> Iterator[Piece] | None:
