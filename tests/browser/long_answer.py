@@ -71,8 +71,9 @@ class Played(msgspec.Struct, frozen=True):
     characters: int
 
 
-def play(browser: Browser, site: Site, *, interval_ms: int) -> Played:
-    """An answer of prose, lists, tables and code, ten tokens in a chunk, so many milliseconds apart."""
+def play(browser: Browser, site: Site, *, interval_ms: int, trace: Path | None = None) -> Played:
+    """An answer of prose, lists, tables and code, ten tokens in a chunk, so many milliseconds apart. Where a file for
+    it is named, Chromium's trace of it is written there."""
     text = "".join(_SECTION.replace("{n}", str(number)) for number in range(TOKENS // _SECTION_TOKENS + 1))
 
     def tell(route: Route) -> None:
@@ -86,10 +87,14 @@ def play(browser: Browser, site: Site, *, interval_ms: int) -> Played:
         inner = page.context.new_cdp_session(page)
         inner.send("HeapProfiler.collectGarbage")
         before = inner.send("Runtime.getHeapUsage")["usedSize"]
+        if trace:
+            browser.start_tracing(page=page, path=trace)
         watch(page, reads_text=False)
         ask(page)
         page.evaluate(_ENDED)
         seen = watched(page)
+        if trace:
+            browser.stop_tracing()
         inner.send("HeapProfiler.collectGarbage")
         after = inner.send("Runtime.getHeapUsage")["usedSize"]
         return Played(
@@ -109,6 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=3, help="how many (default: 3)")
     parser.add_argument("--interval-ms", type=int, default=4, help="between chunks of ten tokens (default: 4)")
+    parser.add_argument("--trace", type=Path, help="write Chromium's trace of the last run here, for chrome://tracing")
     arguments = parser.parse_args()
     with own_server(None) as server, tempfile.TemporaryDirectory() as folder:
         asyncio.run(execute(server.dsn, "CREATE DATABASE behest_page"))
@@ -120,8 +126,9 @@ def main() -> None:
             chat_site(StackBeside.of(stack), "1000") as (site, _),
         ):
             played: list[Played] = []
-            for _ in range(arguments.runs):
-                played.append(play(browser, site, interval_ms=arguments.interval_ms))
+            for number in range(arguments.runs):
+                trace = arguments.trace if number == arguments.runs - 1 else None
+                played.append(play(browser, site, interval_ms=arguments.interval_ms, trace=trace))
                 one = played[-1]
                 print(
                     f"{one.frames} frames: median {one.median_ms:.1f} ms, p99 {one.p99_ms:.1f} ms, longest"

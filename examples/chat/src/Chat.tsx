@@ -51,7 +51,7 @@ function Conversation({ gateway, threadId, before, onAsk, onEnd }: ChatProps & {
   const running = status !== "idle";
   const last = messages.at(-1);
   const announcement = useAnnouncement(last?.role === "assistant" ? last.content : "", running);
-  const follow = useFollow(messages);
+  const follow = useFollow();
   const wasRunning = useRef(false);
 
   const ask = useCallback(
@@ -99,7 +99,7 @@ function Conversation({ gateway, threadId, before, onAsk, onEnd }: ChatProps & {
         {messages.length === 0 ? (
           <Welcome onAsk={ask} />
         ) : (
-          <section className="messages" aria-label="Conversation" data-testid="messages">
+          <section className="messages" ref={follow.content} aria-label="Conversation" data-testid="messages">
             {messages.map((message, index) => (
               <Message
                 key={message.id}

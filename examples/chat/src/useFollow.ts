@@ -1,8 +1,10 @@
-import { useCallback, useEffect, useLayoutEffect, useMemo, useRef, useState } from "react";
+import { useCallback, useEffect, useMemo, useRef, useState } from "react";
 
 /** Keeps the end of a growing text in view, until the reader scrolls away from it. */
-export function useFollow(changes: unknown): {
+export function useFollow(): {
   scroller: React.RefObject<HTMLDivElement | null>;
+  /** What grows inside of the scroller. */
+  content: React.RefCallback<HTMLElement>;
   atEnd: boolean;
   toEnd: () => void;
 } {
@@ -29,8 +31,16 @@ export function useFollow(changes: unknown): {
     element.addEventListener("scroll", look, { passive: true });
     return () => element.removeEventListener("scroll", look);
   }, []);
-  useLayoutEffect(() => {
-    if (following.current && scroller.current) scroller.current.scrollTop = scroller.current.scrollHeight;
-  }, [changes]);
-  return useMemo(() => ({ scroller, atEnd, toEnd }), [atEnd, toEnd]);
+  // The browser tells of a new height when it has laid out the frame anyway, and before it is painted. Asking for the
+  // height after each change would make it lay out the page once more.
+  const content = useCallback((element: HTMLElement | null) => {
+    if (!element) return undefined;
+    const observer = new ResizeObserver(() => {
+      if (following.current && scroller.current) scroller.current.scrollTop = scroller.current.scrollHeight;
+    });
+    observer.observe(element);
+    if (scroller.current) observer.observe(scroller.current);
+    return () => observer.disconnect();
+  }, []);
+  return useMemo(() => ({ scroller, content, atEnd, toEnd }), [content, atEnd, toEnd]);
 }

@@ -118,7 +118,7 @@ describe("useBehestThreads", () => {
 });
 
 describe("Markdown", () => {
-  const squeezed = (html: string): string => html.replace(/<div class="behest-(?:block|table)"[^>]*>|<\/div>| (?:tabindex|scope|readonly|aria-label|checked|disabled)="[^"]*"|<span class="behest-piece">|<\/span>/g, "").replace(/style="text-align: ?(\w+);?"/g, 'style="text-align:$1"');
+  const squeezed = (html: string): string => html.replace(/<div class="behest-(?:group|block|table)"[^>]*>|<\/div>| (?:tabindex|scope|readonly|aria-label|checked|disabled)="[^"]*"|<span class="behest-piece">|<\/span>/g, "").replace(/style="text-align: ?(\w+);?"/g, 'style="text-align:$1"');
 
   it.each(Object.entries(DOCUMENTS))("%s has the same elements as its HTML", (_name, source) => {
     const whole = new MarkdownStream();
