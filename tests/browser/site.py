@@ -22,11 +22,13 @@ class Site:
     folder: Path
     token: Callable[[], dict[str, Any]] = field(default=dict)
 
-    def speak_for(self, project: Project, *, base_url: str | None = None, simulated: bool = True) -> None:
-        """From now on tokens are of this project, each of them of a user and session of its own."""
+    def speak_for(
+        self, project: Project, *, base_url: str | None = None, simulated: bool = True, user: str | None = None
+    ) -> None:
+        """From now on tokens are of this project, and of this user, or each of a user of its own. So are sessions."""
 
         def give() -> dict[str, Any]:
-            name = f"user-{time.monotonic_ns()}"
+            name = user or f"user-{time.monotonic_ns()}"
             return {
                 "token": project.mint(user=name, session=name),
                 "sessionId": name,

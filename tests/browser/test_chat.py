@@ -5,6 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
@@ -121,6 +122,78 @@ def test_a_network_that_is_cut_is_told_of_and_the_answer_is_whole(
             assert text_of(page) == whole
             expect(page.get_by_test_id("connection")).to_be_empty()
         assert network.done >= 1
+
+
+def test_an_answer_that_a_reload_broke_off_is_shown_so_and_goes_on_where_it_ended(
+    browser: Browser, chat: Site, project: Project
+) -> None:
+    sim = {"output_tokens": 300, "chunk_interval_ms": 15, "continue_assistant": True}
+    with opened(browser, chat, sim={**sim, "chunk_interval_ms": 0}) as page:
+        ask(page)
+        ended(page)
+        whole = text_of(page)
+    chat.speak_for(project, user="reloads")
+    with opened(browser, chat, sim=sim) as page:
+        ask(page)
+        expect(page.get_by_test_id("text")).to_contain_text("This is simulated text", timeout=20_000)
+        page.wait_for_function("document.querySelector('[data-testid=text]').innerText.length > 200")
+        page.reload()
+        expect(page.get_by_test_id("ending")).to_contain_text("Interrupted", timeout=20_000)
+        expect(page.get_by_test_id("answer")).to_have_attribute("data-state", "failed")
+        read = text_of(page)
+        assert len(read) > 200
+        assert whole.startswith(read)
+        assert read != whole
+        page.get_by_role("button", name="Continue").click()
+        ended(page)
+        expect(page.get_by_test_id("ending")).to_have_count(0)
+        assert text_of(page) == whole
+        page.reload()
+        expect(page.get_by_test_id("answer")).to_have_attribute("data-state", "done", timeout=20_000)
+        assert text_of(page) == whole
+
+    def charged() -> list[int] | None:
+        rows = [row["output_tokens"] for row in project.settled() if row["user_id"] == "reloads"]
+        return rows if sum(rows) >= 300 else None
+
+    tokens = wait_until(charged, what="the settling of both attempts")
+    assert sum(tokens) <= 300 + len(tokens), "a word that was cut in two may be one token more"
+
+
+def test_the_list_of_chats_outlives_a_reload_and_deletion_deletes(
+    browser: Browser, chat: Site, project: Project
+) -> None:
+    chat.speak_for(project, user="lists")
+    headers = {"Authorization": f"Bearer {project.mint(user='lists')}"}
+
+    def kept() -> list[str]:
+        return [row["id"] for row in httpx.get(project.stack.base_url + "/v1/threads", headers=headers).json()]
+
+    with opened(browser, chat, sim={"text": "Said and kept."}) as page:
+        listed = page.get_by_test_id("threads")
+        for question in ("First question", "Second question"):
+            page.get_by_test_id("new-chat").click()
+            ask(page, question)
+            ended(page)
+        page.reload()
+        expect(page.get_by_test_id("question")).to_have_text("Second question", timeout=20_000)
+        expect(listed.get_by_role("listitem")).to_have_count(2)
+        assert listed.get_by_role("listitem").all_inner_texts() == ["Second question", "First question"]
+        listed.get_by_role("button", name="First question", exact=True).click()
+        expect(page.get_by_test_id("question")).to_have_text("First question", timeout=20_000)
+        expect(page.get_by_test_id("text")).to_have_text("Said and kept.")
+        assert len(kept()) == 2
+        listed.get_by_text("First question").hover()
+        listed.get_by_role("button", name="Delete First question").click()
+        expect(listed.get_by_role("listitem")).to_have_count(1)
+        expect(page.get_by_test_id("welcome")).to_be_visible()
+        wait_until(lambda: len(kept()) == 1, what="the deletion at the gateway")
+        page.reload()
+        expect(listed.get_by_role("listitem")).to_have_text("Second question", timeout=20_000)
+        # A browser that remembers no titles sees what the gateway keeps.
+        page.evaluate("localStorage.clear()")
+        page.reload()
+        expect(listed.get_by_role("listitem")).to_have_count(1, timeout=20_000)
 
 
 def test_axe_finds_nothing_in_any_state(browser: Browser, chat: Site, slow: Page, repository: Path) -> None:

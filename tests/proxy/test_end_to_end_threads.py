@@ -2,6 +2,7 @@
 
 import random
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from typing import Any
 
 import httpx
@@ -207,7 +208,7 @@ def test_clients_with_ids_that_lose_their_connections_again_and_again_read_the_u
     project = stack.project()
     names = [f"cut-{case}" for case in range(30)]
     with ThreadPoolExecutor(6) as pool:
-        cuts = list(pool.map(lambda name: cut_again_and_again(project, name, random.Random(name)), names))
+        cuts = list(pool.map(cut_again_and_again, repeat(project), names, map(random.Random, names)))
     assert sum(cuts) >= 50
     rows = stack.query(
         "SELECT attributes ->> 'thread' AS thread, sum(output_tokens) AS output, count(*) AS requests"
@@ -238,6 +239,24 @@ def test_without_ids_a_reply_that_the_provider_broke_goes_on_where_it_was(reader
     third = reader.stream(HI, sim={"text": "Another turn."})
     assert third.text == "Another turn."
     assert len(messages_of(reader, reader.headers["X-Thread-Id"], number=4)) == 4
+
+
+def test_who_has_only_read_the_threads_messages_goes_on_where_the_broken_reply_ends(reader: Reader) -> None:
+    first = reader.stream(HI, more={"X-Event-Ids": "1"}, sim={**SLOW, "reset_after_chunks": 20})
+    path = f"/v1/threads/{reader.headers['X-Thread-Id']}/messages"
+
+    def broken() -> dict[str, Any] | None:
+        last = reader.get(path).json()[-1]
+        return last if last["content"] == first.text else None
+
+    last = wait_until(broken, what="the broken reply's text")
+    assert last["complete"] is False
+    assert last["last_event_id"] == first.ids[-1]
+    rest = reader.stream(HI, more={"Last-Event-ID": last["last_event_id"]}, sim=SLOW)
+    assert last["content"] + rest.text == TEXT
+    messages = messages_of(reader, reader.headers["X-Thread-Id"], number=2)
+    assert texts(messages) == [("user", "Hi"), ("assistant", TEXT)]
+    assert not any("last_event_id" in message for message in messages)
 
 
 def test_a_whole_reply_is_replayed_from_any_event_and_costs_nothing(reader: Reader) -> None:

@@ -6,12 +6,13 @@ import { Chat } from "./Chat";
 import type { Gateway } from "./gateway";
 import { Icon } from "./icons";
 import { Sidebar } from "./Sidebar";
-import { listed, remembered, remember, forget } from "./threads";
+import { forget, listed, remember, remembered, setAddress, threadOfAddress } from "./threads";
 
 /** The page: conversations at the side, one of them in the middle, the budget above it. */
 export function App({ gateway }: { gateway: Gateway }) {
   const { client } = gateway;
-  const [threadId, setThreadId] = useState<string>(() => crypto.randomUUID());
+  const [addressed] = useState(threadOfAddress);
+  const [threadId, setThreadId] = useState<string>(() => addressed ?? crypto.randomUUID());
   const [sidebarOpen, setSidebarOpen] = useState(false);
   const [titles, setTitles] = useState(remembered);
   const { threads, refresh, remove } = useBehestThreads({ client });
@@ -20,12 +21,16 @@ export function App({ gateway }: { gateway: Gateway }) {
   const conversations = useMemo(() => listed(threads, titles), [threads, titles]);
   const title = conversations.find((thread) => thread.id === threadId)?.title ?? "New chat";
 
-  const open = useCallback((id: string) => {
+  const open = useCallback((id: string, isNew = false) => {
+    setAddress(isNew ? undefined : id);
     setThreadId(id);
     setSidebarOpen(false);
   }, []);
-  const begin = useCallback(() => open(crypto.randomUUID()), [open]);
-  const asked = useCallback((id: string, question: string) => setTitles(remember(id, question)), []);
+  const begin = useCallback(() => open(crypto.randomUUID(), true), [open]);
+  const asked = useCallback((id: string, question: string) => {
+    setAddress(id);
+    setTitles(remember(id, question));
+  }, []);
   const ended = useCallback(
     (id: string, messages: readonly UiMessage[]) => {
       known.current.set(id, messages);
@@ -71,7 +76,7 @@ export function App({ gateway }: { gateway: Gateway }) {
           key={threadId}
           gateway={gateway}
           threadId={threadId}
-          isNew={!conversations.some((thread) => thread.id === threadId)}
+          isNew={threadId !== addressed && !conversations.some((thread) => thread.id === threadId)}
           known={known.current.get(threadId)}
           onAsk={asked}
           onEnd={ended}

@@ -1,5 +1,5 @@
 import { BehestError } from "@behest/client-ts";
-import { useAnnouncement, useBehestChat, type UiMessage } from "@behest/client-ts/react";
+import { uiMessages, useAnnouncement, useBehestChat, type UiMessage } from "@behest/client-ts/react";
 import { useCallback, useEffect, useRef, useState } from "react";
 
 import { Composer } from "./Composer";
@@ -26,22 +26,32 @@ interface ChatProps {
 export function Chat(props: ChatProps) {
   const { gateway, threadId, isNew, known } = props;
   const [before, setBefore] = useState<readonly UiMessage[] | undefined>(known ?? (isNew ? [] : undefined));
+  const [lacking, setLacking] = useState(false);
   useEffect(() => {
-    if (before) return undefined;
+    if (before || lacking) return undefined;
     const abort = new AbortController();
     gateway.client.threads.messages(threadId, { limit: 200 }, { signal: abort.signal }).then(
-      (messages) => setBefore(messages.flatMap((message, index) => shownMessage(message.role, message.content, index))),
-      () => abort.signal.aborted || setBefore([]),
+      (messages) => setBefore(uiMessages(messages)),
+      (error: unknown) => {
+        if (abort.signal.aborted) return;
+        if (error instanceof BehestError && error.status === 404) setBefore([]);
+        else setLacking(true);
+      },
     );
     return () => abort.abort();
-  }, [before, gateway, threadId]);
+  }, [before, lacking, gateway, threadId]);
+  if (lacking) {
+    return (
+      <div className="loading" role="alert">
+        The chat could not be loaded.
+        <button className="button" onClick={() => setLacking(false)}>
+          <Icon name="retry" /> Try again
+        </button>
+      </div>
+    );
+  }
   if (!before) return <div className="loading" role="status">Loading the chat …</div>;
   return <Conversation {...props} before={before} />;
-}
-
-function shownMessage(role: string, content: unknown, index: number): UiMessage[] {
-  if ((role !== "user" && role !== "assistant") || typeof content !== "string") return [];
-  return [{ id: `kept-${index}`, role, content, state: "done" }];
 }
 
 function Conversation({ gateway, threadId, before, onAsk, onEnd }: ChatProps & { before: readonly UiMessage[] }) {
@@ -63,6 +73,10 @@ function Conversation({ gateway, threadId, before, onAsk, onEnd }: ChatProps & {
     },
     [gateway, onAsk, threadId, follow, send],
   );
+  const askAgain = useCallback(() => {
+    const question = messages.findLast((message) => message.role === "user");
+    if (question) retry(gateway.paramsFor(question.content));
+  }, [gateway, messages, retry]);
   useEffect(() => {
     if (wasRunning.current && !running) {
       onEnd(threadId, messages);
@@ -106,7 +120,7 @@ function Conversation({ gateway, threadId, before, onAsk, onEnd }: ChatProps & {
                 message={message}
                 waiting={message.state === "streaming" && message.content === ""}
                 error={index === messages.length - 1 && statusOf !== 429 ? error : undefined}
-                onRetry={index === messages.length - 1 && !running ? retry : undefined}
+                onRetry={index === messages.length - 1 && !running ? askAgain : undefined}
               />
             ))}
           </section>
@@ -126,7 +140,7 @@ function Conversation({ gateway, threadId, before, onAsk, onEnd }: ChatProps & {
         {announcement}
       </div>
       {statusOf === 402 && error !== read && <UpgradeDialog error={error as BehestError} onClose={closeDialog} />}
-      {statusOf === 429 && <RateToast error={error as BehestError} onRetry={retry} onClose={closeError} />}
+      {statusOf === 429 && <RateToast error={error as BehestError} onRetry={askAgain} onClose={closeError} />}
     </>
   );
 }

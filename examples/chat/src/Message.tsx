@@ -34,7 +34,7 @@ export const Message = memo(function Message({ message, waiting, error, onRetry 
           <Markdown text={content} streaming={state !== "done"} code={CodeBlock} />
         </div>
         {state === "stopped" && <Ending text="Stopped" onRetry={onRetry} label="Continue" />}
-        {state === "failed" && <Failure error={error} onRetry={onRetry} />}
+        {state === "failed" && <Failure error={error} canGoOn={message.lastEventId !== undefined} onRetry={onRetry} />}
       </div>
     </article>
   );
@@ -53,9 +53,11 @@ function Ending({ text, onRetry, label }: { text: string; onRetry: (() => void) 
   );
 }
 
-function Failure({ error, onRetry }: { error: Error | undefined; onRetry: (() => void) | undefined }) {
+function Failure({ error, canGoOn, onRetry }: { error: Error | undefined; canGoOn: boolean; onRetry: (() => void) | undefined }) {
   const status = error instanceof BehestError ? error.status : undefined;
-  if (status === 402 || !error) return <Ending text={status === 402 ? "The budget ended here." : "Interrupted"} onRetry={onRetry} label="Try again" />;
+  if (status === 402) return <Ending text="The budget ended here." onRetry={onRetry} label="Try again" />;
+  // It broke off earlier, such as with the page that asked for it.
+  if (!error) return <Ending text="Interrupted" onRetry={onRetry} label={canGoOn ? "Continue" : "Try again"} />;
   const traceId = error instanceof BehestError ? error.traceId : undefined;
   return (
     <div className="failure" role="alert" data-testid="failure">

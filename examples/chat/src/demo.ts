@@ -99,5 +99,5 @@ export function demoAnswer(question: string): Record<string, unknown> {
       : /check|launch/i.test(question)
         ? CHECKLIST
         : BUDGETS;
-  return { text, tokens_per_chunk: 3, chunk_interval_ms: 45, first_chunk_delay_ms: 350 };
+  return { text, continue_assistant: true, tokens_per_chunk: 3, chunk_interval_ms: 45, first_chunk_delay_ms: 350 };
 }

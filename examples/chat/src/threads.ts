@@ -57,6 +57,15 @@ function timeOf(value: string | number | undefined): number | undefined {
   return Number.isNaN(time) ? undefined : time;
 }
 
+/** The conversation that the page's address names, so that it is there again when the page is loaded anew. */
+export function threadOfAddress(): string | undefined {
+  return /^#([\w-]{1,64})$/.exec(location.hash)?.[1];
+}
+
+export function setAddress(id: string | undefined): void {
+  history.replaceState(null, "", location.pathname + location.search + (id ? `#${id}` : ""));
+}
+
 /** "Today", "Yesterday", "Earlier". */
 export function dayOf(usedAt: number, now = new Date()): string {
   const today = new Date(now.getFullYear(), now.getMonth(), now.getDate()).getTime();

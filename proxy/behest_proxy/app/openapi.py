@@ -130,7 +130,11 @@ SCHEMAS: dict[str, Schema] = {
             "content": {"type": ["string", "array", "null"], "items": {"type": "object"}},
             "created_at": _TIME,
             "complete": {"type": "boolean", "description": "false: a reply that broke off, or is still under way"},
-        }
+        },
+        last_event_id={
+            "type": "string",
+            "description": "of a broken reply: as Last-Event-ID it goes on behind `content`",
+        },
     ),
     "BillingUsage": _object(
         {

@@ -15,11 +15,12 @@ from behest_proxy.app.callers import caller_of, project_of
 from behest_proxy.app.context import context_of
 from behest_proxy.app.gateway import Gateway
 from behest_proxy.app.messages import json_response
+from behest_proxy.app.replies import LOST
 from behest_proxy.app.turns import thread_key
 from behest_proxy.chunk import loads
 from behest_proxy.errors import InvalidRequest, LedgerUnavailable, MethodNotAllowed, NotFound, ServerError
 from behest_proxy.identity.caller import is_session_id
-from behest_proxy.threads import reply_of
+from behest_proxy.threads import EventId, reply_of
 
 LIMIT_DEFAULT = 100
 LIMIT_MAX = threads.LISTED_MAX
@@ -93,19 +94,11 @@ class ThreadEndpoints:
             raise ServerError(f"the thread cannot be read here: {error}") from None
 
     async def _message(self, whose: ThreadKey, message: StoredMessage) -> dict[str, Any]:
-        if message.content is not None:
-            said = loads(message.content)
-        elif message.generation_id is not None:
-            events, _ = await replay.load_events(
-                self._pool,
-                self._gateway.replies.vault,
-                tenant_id=whose.tenant_id,
-                generation_id=message.generation_id,
-            )
-            said = reply_of(events)
+        if message.state == "whole" and message.content is not None:
+            said, end = loads(message.content), None
         else:
-            said = {}
-        return {
+            said, end = await self._unfinished(whose, message)
+        shown = {
             **said,
             "id": message.number,
             "role": message.role,
@@ -113,6 +106,23 @@ class ThreadEndpoints:
             "created_at": message.created_at,
             "complete": message.state == "whole",
         }
+        return shown if end is None else {**shown, "last_event_id": str(end)}
+
+    async def _unfinished(self, whose: ThreadKey, message: StoredMessage) -> tuple[dict[str, Any], EventId | None]:
+        """A reply as far as it is written, and the event that its text ends with; None where it cannot go on.
+
+        Its events come before its own content: that is of the attempt before, while another one is under way.
+        """
+        generation_id = message.generation_id
+        if generation_id is None:
+            return {}, None
+        events, ending = await replay.load_events(
+            self._pool, self._gateway.replies.vault, tenant_id=whose.tenant_id, generation_id=generation_id
+        )
+        is_lost = message.state == "whole" or ending == LOST
+        if events or message.content is None:
+            return reply_of(events), None if is_lost or not events else EventId(generation_id, len(events))
+        return loads(message.content), None if is_lost else EventId(generation_id, message.events)
 
     @property
     def _pool(self) -> Any:

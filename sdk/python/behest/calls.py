@@ -52,6 +52,8 @@ class ChatOptions(Whom, total=False):
 
     thread_id: str | None
     """The conversation that the gateway keeps. With it a cut stream goes on where it broke off."""
+    last_event_id: str | None
+    """Of a stream of this thread: begin behind this event, as an earlier stream or the thread's messages name it."""
     idempotency_key: str | None
     """The same key with the same request within 24 hours is carried out and charged once."""
     extra_headers: Mapping[str, str] | None
@@ -90,6 +92,8 @@ class ChatCall:
     wants_usage: bool
     has_thread: bool
     has_key: bool
+    last_event_id: str | None
+    """Where a stream begins that was broken off before."""
     timeout_s: float | None
 
 
@@ -149,6 +153,7 @@ def chat_call(
         wants_usage=isinstance(streaming, dict) and bool(cast("dict[str, Any]", streaming).get("include_usage")),
         has_thread="x-thread-id" in headers,
         has_key="idempotency-key" in headers,
+        last_event_id=_visible("last_event_id", last) if (last := ours.get("last_event_id")) else None,
         timeout_s=ours.get("timeout"),
     )
 

@@ -23,10 +23,10 @@ _EVENT_ID = re.compile(r"(.+)-([0-9]{1,18})")
 class Reply:
     """The state of one answer. `receive` and `ended` tell what comes; `failure` and `is_over` how it stands."""
 
-    def __init__(self, *, choices: int = 1, wants_usage: bool = False) -> None:
+    def __init__(self, *, choices: int = 1, wants_usage: bool = False, last_event_id: str | None = None) -> None:
         self._texts: list[str] = []
-        self.last_event_id: str | None = None
-        """The last chunk that was given out, as the gateway names it."""
+        self.last_event_id = last_event_id
+        """The last chunk that was given out, here or to whom broke off before, as the gateway names it."""
         self.failure: BehestError | None = None
         """Of this connection."""
         self.is_over = False
@@ -38,12 +38,12 @@ class Reply:
         self._headers: Mapping[str, str] = {}
         self._continues = False
         """This connection goes on where another one broke off."""
-        self._said = False
+        self._said = last_event_id is not None
         """A chunk was given out."""
 
     @property
     def text(self) -> str:
-        """What the first choice has said."""
+        """What the first choice has said, behind the place where it began."""
         return "".join(self._texts)
 
     @property

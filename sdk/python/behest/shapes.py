@@ -29,6 +29,12 @@ class ThreadMessage(BaseModel):
     role: str
     content: str | None = None
     created_at: str | None = None
+    id: int | None = None
+    """Its number in the thread, from 1."""
+    complete: bool = True
+    """False: a reply that broke off, or is still under way."""
+    last_event_id: str | None = None
+    """Of a reply that broke off: with it the same call goes on where `content` ends."""
 
 
 class Costs(BaseModel):

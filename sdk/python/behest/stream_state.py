@@ -19,7 +19,7 @@ class StreamState:
     def __init__(self, call: ChatCall, retries: Retries) -> None:
         self._call = call
         self._retries = retries
-        self._reply = Reply(choices=call.choices, wants_usage=call.wants_usage)
+        self._reply = Reply(choices=call.choices, wants_usage=call.wants_usage, last_event_id=call.last_event_id)
         self._pending: deque[ChatCompletionChunk] = deque()
         self._headers: Mapping[str, str] | None = None
         """Of the last answer; None: there was none yet."""

@@ -163,6 +163,15 @@ def test_cuts_anywhere_leave_no_gap_and_no_repetition(gateway: Gateway, tell: Te
     assert len(gateway.seen) > 10
 
 
+def test_a_stream_that_broke_off_in_another_process_goes_on_behind_its_last_chunk(
+    gateway: Gateway, tell: Tell, waits: list[float]
+) -> None:
+    gateway.plays(stream(word("l", 3), end="cut"), stream(word("o", 4), FINISH, DONE))
+    told = tell(thread_id="t1", last_event_id="g-2")
+    assert (told.error, told.text) == (None, "lo")
+    assert [seen.headers.get("last-event-id") for seen in gateway.seen] == ["g-2", "g-3"]
+
+
 def test_what_comes_twice_is_given_out_once(gateway: Gateway, tell: Tell, waits: list[float]) -> None:
     gateway.plays(
         stream(word("a", 1), word("b", 2), end="cut"), stream(word("a", 1), word("b", 2), word("c", 3), FINISH, DONE)
@@ -178,6 +187,10 @@ def test_a_gateway_that_cannot_go_on_is_an_error_and_not_a_gap(
     told = tell(thread_id="t1")
     assert told.error is not None
     assert (told.error.code, told.error.partial_text, told.text) == ("cannot_resume", "ab", "ab")
+    gateway.plays(stream(going_on, FINISH, DONE))
+    later = tell(thread_id="t1", last_event_id="g-2")
+    assert later.error is not None
+    assert (later.error.code, later.text) == ("cannot_resume", "")
 
 
 def test_without_ids_or_without_a_thread_nothing_is_tried_again(

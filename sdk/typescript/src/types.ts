@@ -141,6 +141,8 @@ export interface ThreadMessage {
   id?: number;
   /** False: a reply that broke off, or is still under way. */
   complete?: boolean;
+  /** Of a reply that broke off: with it as `lastEventId` the same call goes on where `content` ends. */
+  last_event_id?: string;
   created_at?: string | number;
   [member: string]: unknown;
 }

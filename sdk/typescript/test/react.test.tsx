@@ -4,7 +4,7 @@ import { afterEach, describe, expect, it, vi } from "vitest";
 
 import { Behest } from "../src/index.js";
 import { htmlOf, MarkdownStream } from "../src/markdown/index.js";
-import { Markdown, useBehestChat, useBehestThreads } from "../src/react/index.js";
+import { Markdown, uiMessages, useBehestChat, useBehestThreads } from "../src/react/index.js";
 import { DOCUMENTS } from "./documents.js";
 import { chunk, DONE, event, failed, Gateway, json, stream, type Answer } from "./gateway.js";
 
@@ -73,6 +73,37 @@ describe("useBehestChat", () => {
     expect(result.current.messages[1]?.content).toBe("so ");
     await waitFor(() => expect(result.current.messages[1]).toMatchObject({ content: "so far", state: "done" }));
     expect(gateway.seen[1]?.headers.get("last-event-id")).toBe("g-1");
+  });
+
+  it("goes on where an answer broke off before the page was loaded", async () => {
+    const { behest, gateway } = client(stream([event(chunk("far", "stop"), "g-3"), DONE]));
+    const before = uiMessages([
+      { id: 1, role: "user", content: "Hi", complete: true },
+      { id: 2, role: "assistant", content: "so ", complete: false, last_event_id: "g-2" },
+    ]);
+    expect(before[1]).toMatchObject({ content: "so ", state: "failed", lastEventId: "g-2" });
+    const { result } = chat(behest, { initialMessages: before });
+    act(() => result.current.retry());
+    expect(result.current.messages.map(({ content }) => content)).toEqual(["Hi", "so "]);
+    await waitFor(() => expect(result.current.messages[1]).toMatchObject({ content: "so far", state: "done" }));
+    expect(gateway.seen[0]?.headers.get("last-event-id")).toBe("g-2");
+    expect(gateway.seen[0]?.body["messages"]).toEqual([{ role: "user", content: "Hi" }]);
+    expect(result.current.messages[1]).not.toHaveProperty("lastEventId");
+  });
+
+  it("shows what was said before, but nothing that it cannot show", () => {
+    const shown = uiMessages([
+      { role: "system", content: "Be brief." },
+      { id: 1, role: "user", content: "Hi" },
+      { id: 2, role: "assistant", content: "so", complete: false, last_event_id: "g-2" },
+      { id: 3, role: "user", content: [{ type: "image_url" }] },
+      { id: 4, role: "assistant", content: null, complete: false },
+    ]);
+    expect(shown).toEqual([
+      { id: "kept-1", role: "user", content: "Hi", state: "done" },
+      { id: "kept-2", role: "assistant", content: "so", state: "failed" },
+      { id: "kept-4", role: "assistant", content: "", state: "failed" },
+    ]);
   });
 
   it("says that it reconnects", async () => {

@@ -5,7 +5,7 @@ import { useCallback, useEffect, useRef, useState } from "react";
 import type { Behest } from "../client.js";
 import { BehestError } from "../errors.js";
 import { streamWithRetry } from "../resume.js";
-import type { ChatMessage } from "../types.js";
+import type { ChatMessage, ThreadMessage } from "../types.js";
 import { Typewriter } from "../typewriter.js";
 
 export interface UiMessage {
@@ -14,6 +14,8 @@ export interface UiMessage {
   content: string;
   /** Of an answer: `stopped` by the reader, `failed` by an error; what came stays in both. */
   state: "streaming" | "done" | "stopped" | "failed";
+  /** Of an answer that broke off: where `retry` goes on, also after the page was loaded anew. */
+  lastEventId?: string;
 }
 
 /** `connecting` until the first chunk; `reconnecting` after a break. */
@@ -23,7 +25,7 @@ export interface UseBehestChatOptions {
   client: Behest;
   /** Keeps the conversation on the gateway. Another one begins another conversation. */
   threadId: string;
-  /** What was said before. */
+  /** What was said before: see `uiMessages`. */
   initialMessages?: readonly UiMessage[];
   /** Sent before everything, and not shown. */
   system?: string;
@@ -48,8 +50,11 @@ export interface BehestChat {
   /** Ask; `params` are further members of this request, and of its repetitions. */
   send: (content: string, params?: Readonly<Record<string, unknown>>) => void;
   stop: () => void;
-  /** Ask again what failed or was stopped: on the gateway the broken answer goes on. */
-  retry: () => void;
+  /**
+   * Ask again what failed or was stopped: on the gateway the broken answer goes on. `params` are those of the last `send`,
+   * unless others are given, such as after the page was loaded anew.
+   */
+  retry: (params?: Readonly<Record<string, unknown>>) => void;
   dismissError: () => void;
 }
 
@@ -70,8 +75,6 @@ export function useBehestChat(options: UseBehestChatOptions): BehestChat {
   latest.current = options;
   const current = useRef(state);
   const running = useRef<AbortController | undefined>(undefined);
-  /** Where the last answer broke off, and what came of it: asking again goes on there. */
-  const broken = useRef<{ content: string; lastEventId: string } | undefined>(undefined);
   const asked = useRef<Readonly<Record<string, unknown>> | undefined>(undefined);
 
   // Callbacks come between renders: the truth is here, and React is told of it.
@@ -83,7 +86,6 @@ export function useBehestChat(options: UseBehestChatOptions): BehestChat {
   if (current.current.threadId !== threadId) {
     running.current?.abort();
     running.current = undefined;
-    broken.current = undefined;
     current.current = begin();
     setState(current.current);
   }
@@ -109,7 +111,6 @@ export function useBehestChat(options: UseBehestChatOptions): BehestChat {
       update((before) => ({ ...before, messages: [...history, reply], status: "connecting", error: undefined, attempt: 0 }));
       let shown = from.content;
       let { lastEventId } = from;
-      broken.current = undefined;
       const show = (text: string): void => {
         shown += text;
         patch({}, { content: shown });
@@ -142,10 +143,10 @@ export function useBehestChat(options: UseBehestChatOptions): BehestChat {
       if (!isCurrent()) return;
       // What cannot go on (409) begins anew the next time.
       const canGoOn = end.state !== "done" && lastEventId !== "" && (error as { status?: number } | undefined)?.status !== 409;
-      broken.current = canGoOn ? { content: shown, lastEventId } : undefined;
-      patch({ status: "idle", error, attempt: 0 }, end);
+      const ended: UiMessage = { ...reply, content: shown, ...end, ...(canGoOn ? { lastEventId } : {}) };
+      patch({ status: "idle", error, attempt: 0 }, ended);
       running.current = undefined;
-      latest.current.onEnd?.({ ...reply, content: shown, ...end });
+      latest.current.onEnd?.(ended);
     },
     [update],
   );
@@ -160,15 +161,31 @@ export function useBehestChat(options: UseBehestChatOptions): BehestChat {
     [answer],
   );
   const stop = useCallback((): void => running.current?.abort(), []);
-  const retry = useCallback((): void => {
+  const retry = useCallback((params?: Readonly<Record<string, unknown>>): void => {
     const { messages, status } = current.current;
     const last = messages.findLastIndex((message) => message.role === "user");
-    if (last >= 0 && status === "idle") void answer(messages.slice(0, last + 1), broken.current);
+    if (last < 0 || status !== "idle") return;
+    if (params) asked.current = params;
+    const { content = "", lastEventId = "" } = messages[last + 1] ?? {};
+    void answer(messages.slice(0, last + 1), lastEventId ? { content, lastEventId } : undefined);
   }, [answer]);
   const dismissError = useCallback((): void => update((before) => ({ ...before, error: undefined })), [update]);
 
   const { messages, status, error, attempt } = state.threadId === threadId ? state : current.current;
   return { messages, status, error, attempt, send, stop, retry, dismissError };
+}
+
+/**
+ * What `client.threads.messages` gives, as `initialMessages`. An answer that broke off is `failed`; the last one has the
+ * place where `retry` goes on. What is no text is left out.
+ */
+export function uiMessages(messages: readonly ThreadMessage[]): UiMessage[] {
+  return messages.flatMap(({ id, role, content, complete, last_event_id: lastEventId }, index) => {
+    if ((role !== "user" && role !== "assistant") || (typeof content !== "string" && complete !== false)) return [];
+    const isLast = index === messages.length - 1;
+    const message: UiMessage = { id: `kept-${id ?? index}`, role, content: typeof content === "string" ? content : "", state: complete === false ? "failed" : "done" };
+    return [lastEventId && isLast ? { ...message, lastEventId } : message];
+  });
 }
 
 /** What the gateway is sent: all that was said, without answers that never came. */
