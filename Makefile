@@ -74,6 +74,7 @@ test: $(VENV)/.installed-dev ## run every test that needs no cluster and no brow
 
 test-sdk: $(VENV)/.installed-dev ## run the tests of the clients (those for TypeScript need node and npm)
 	@$(BIN)/python -Im pytest sdk/python/tests tests/sdk -n 2 --dist loadfile $(ARGS)
+	@$(BIN)/python -Im pytest tests/clients $(ARGS)
 	@$(BIN)/python -Im pytest tests/typescript $(ARGS)
 
 test-simulation: $(VENV)/.installed-dev ## play 2,000 small worlds and 20 of 300 sidecars in simulated time (a minute)

@@ -1,9 +1,17 @@
-"""`make bench-page`: 50,000 tokens into the chat, three times; how long its frames take, and what the page keeps."""
+"""`make bench-page`: 50,000 tokens into the chat, five times; how long its frames take, and what the page keeps.
+
+A frame that takes long says that the page had much to do, or that others had the processors. So one more run is traced:
+of each task of the page's main thread Chromium then knows how long it had a processor.
+"""
 
 import argparse
 import asyncio
+import json
+import os
 import statistics
 import tempfile
+from collections.abc import Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +79,37 @@ class Played(msgspec.Struct, frozen=True):
     characters: int
 
 
-def play(browser: Browser, site: Site, *, interval_ms: int, trace: Path | None = None) -> Played:
-    """An answer of prose, lists, tables and code, ten tokens in a chunk, so many milliseconds apart. Where a file for
-    it is named, Chromium's trace of it is written there."""
+class Work(msgspec.Struct, frozen=True):
+    """What the page's main thread did itself, whatever else ran on the machine."""
+
+    longest_ms: float
+    """The time of a processor that one task took, at most. A frame is one task, or a few."""
+    whole_s: float
+
+
+def work_of(trace: bytes) -> Work:
+    """From Chromium's trace: the thread of the page is the main thread that did most."""
+    events: list[dict[str, Any]] = json.loads(trace)["traceEvents"]
+    mains = {
+        (event["pid"], event["tid"])
+        for event in events
+        if event.get("name") == "thread_name" and event["args"]["name"] == "CrRendererMain"
+    }
+    tasks: dict[Any, list[int]] = {main: [] for main in mains}
+    for event in events:
+        if event.get("name") == "ThreadControllerImpl::RunTask" and (event["pid"], event["tid"]) in mains:
+            tasks[event["pid"], event["tid"]].append(event.get("tdur", 0))
+    found = max(tasks.values(), key=sum)
+    return Work(longest_ms=max(found) / 1e3, whole_s=sum(found) / 1e6)
+
+
+def play(
+    browser: Browser, site: Site, *, interval_ms: int, during: AbstractContextManager[Any] | None = None
+) -> Played:
+    """An answer of prose, lists, tables and code, ten tokens in a chunk, so many milliseconds apart.
+
+    `during` is what lasts from the question to the end of the answer.
+    """
     text = "".join(_SECTION.replace("{n}", str(number)) for number in range(TOKENS // _SECTION_TOKENS + 1))
 
     def tell(route: Route) -> None:
@@ -87,14 +123,11 @@ def play(browser: Browser, site: Site, *, interval_ms: int, trace: Path | None =
         inner = page.context.new_cdp_session(page)
         inner.send("HeapProfiler.collectGarbage")
         before = inner.send("Runtime.getHeapUsage")["usedSize"]
-        if trace:
-            browser.start_tracing(page=page, path=trace)
-        watch(page, reads_text=False)
-        ask(page)
-        page.evaluate(_ENDED)
-        seen = watched(page)
-        if trace:
-            browser.stop_tracing()
+        with during or nullcontext():
+            watch(page, reads_text=False)
+            ask(page)
+            page.evaluate(_ENDED)
+            seen = watched(page)
         inner.send("HeapProfiler.collectGarbage")
         after = inner.send("Runtime.getHeapUsage")["usedSize"]
         return Played(
@@ -110,11 +143,11 @@ def play(browser: Browser, site: Site, *, interval_ms: int, trace: Path | None =
 
 
 def main() -> None:
-    """Three runs, and the one in the middle."""
+    """The runs, the one in the middle, and one that is traced."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=3, help="how many (default: 3)")
+    parser.add_argument("--runs", type=int, default=5, help="how many (default: 5)")
     parser.add_argument("--interval-ms", type=int, default=4, help="between chunks of ten tokens (default: 4)")
-    parser.add_argument("--trace", type=Path, help="write Chromium's trace of the last run here, for chrome://tracing")
+    parser.add_argument("--trace", type=Path, help="write a trace of all that the page does here, for chrome://tracing")
     arguments = parser.parse_args()
     with own_server(None) as server, tempfile.TemporaryDirectory() as folder:
         asyncio.run(execute(server.dsn, "CREATE DATABASE behest_page"))
@@ -126,20 +159,37 @@ def main() -> None:
             chat_site(StackBeside.of(stack), "1000") as (site, _),
         ):
             played: list[Played] = []
-            for number in range(arguments.runs):
-                trace = arguments.trace if number == arguments.runs - 1 else None
-                played.append(play(browser, site, interval_ms=arguments.interval_ms, trace=trace))
-                one = played[-1]
-                print(
-                    f"{one.frames} frames: median {one.median_ms:.1f} ms, p99 {one.p99_ms:.1f} ms, longest"
-                    f" {one.longest_ms:.1f} ms, longest task {one.longest_task_ms:.0f} ms;"
-                    f" kept {one.heap_bytes / 2**20:.1f} MiB, {one.elements} elements, {one.characters} characters",
-                    flush=True,
-                )
+            for _ in range(arguments.runs):
+                played.append(play(browser, site, interval_ms=arguments.interval_ms))
+                print(_told(played[-1]), flush=True)
+            loads = os.getloadavg()
+            work = _traced(browser, site, interval_ms=arguments.interval_ms, path=arguments.trace)
     middle = sorted(one.longest_ms for one in played)[len(played) // 2]
     print(
         f"about {10_000 // arguments.interval_ms} tokens a second: the longest frame of the run in the middle took"
-        f" {middle:.1f} ms (wanted: at most {FRAME_MOST_MS} ms)"
+        f" {middle:.1f} ms (wanted: at most {FRAME_MOST_MS} ms); the machine's load was {loads[0]:.1f}\n"
+        f"the page's own work: at most {work.longest_ms:.1f} ms of a processor in one task, {work.whole_s:.1f} s in all"
+    )
+
+
+def _traced(browser: Browser, site: Site, *, interval_ms: int, path: Path | None) -> Work:
+    traces: list[bytes] = []
+
+    @contextmanager
+    def traced() -> Generator[None]:
+        browser.start_tracing(path=path, categories=None if path else ["toplevel"])
+        yield
+        traces.append(browser.stop_tracing())
+
+    play(browser, site, interval_ms=interval_ms, during=traced())
+    return work_of(traces[0])
+
+
+def _told(one: Played) -> str:
+    return (
+        f"{one.frames} frames: median {one.median_ms:.1f} ms, p99 {one.p99_ms:.1f} ms, longest {one.longest_ms:.1f} ms,"
+        f" longest task {one.longest_task_ms:.0f} ms; kept {one.heap_bytes / 2**20:.1f} MiB, {one.elements} elements,"
+        f" {one.characters} characters"
     )
 
 
