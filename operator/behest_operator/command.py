@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import os
 import sys
@@ -12,8 +13,12 @@ import kopf
 
 from behest_ledger.store.errors import LedgerError, SchemaError
 from behest_ledger.store.keeper import Keeper
+from behest_ledger.store.keeper_watch import KeeperWatch
 from behest_ledger.store.migrate import check_schema
 from behest_ledger.store.pool import open_pool, use_dsn
+from behest_ledger.telemetry.meter import Meter
+from behest_ledger.telemetry.process import told
+from behest_ledger.telemetry.settings import TelemetrySettingsError, telemetry_settings
 from behest_operator.crds import GROUP, KINDS, VERSION
 from behest_operator.gateway_login import GatewayLogin
 from behest_operator.handlers import Handlers, configure
@@ -22,6 +27,7 @@ from behest_operator.namespace_secrets import NamespaceSecrets
 from behest_operator.reconciler import Reconciler
 from behest_operator.settings import OperatorSettings, SettingsError, help_text
 from behest_operator.status import BudgetBoard
+from behest_operator.watch import OperatorWatch
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
         settings = OperatorSettings.read(os.environ)
         master_key = settings.master_key()
         credentials = Credentials.find()
-    except (SettingsError, KubernetesError) as error:
+        telemetry_settings(os.environ)
+    except (SettingsError, KubernetesError, TelemetrySettingsError) as error:
         print(f"behest operator: {error}", file=sys.stderr)
         return 2
     logging.basicConfig(
@@ -88,6 +95,9 @@ class _Process:
         self._registry = registry
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._pool: Any = None
+        self._meter = Meter()
+        self._keeper_watch = KeeperWatch(self._meter)
+        self._told = contextlib.AsyncExitStack()
 
     def register(self) -> None:
         """Tell kopf when to begin and when to end."""
@@ -104,6 +114,12 @@ class _Process:
             raise kopf.PermanentError(str(error)) from None
         except LedgerError as error:
             raise kopf.TemporaryError(f"the ledger cannot be reached: {error}", delay=2) from None
+        try:
+            await self._told.enter_async_context(
+                told(self._meter, "operator", os.environ, bind=self._settings.metrics_bind)
+            )
+        except OSError as error:
+            raise kopf.PermanentError(f"BEHEST_METRICS_BIND: {self._settings.metrics_bind}: {error}") from None
         await self._kubernetes.__aenter__()
         if self._settings.namespaces:
             await _kinds_are_served(self._kubernetes)
@@ -115,7 +131,8 @@ class _Process:
             sidecar_dsn=self._settings.sidecar_url,
         )
         gateway = self._settings.gateway()
-        Handlers(Reconciler(self._pool, secrets), self._kubernetes, board).register(self._registry)
+        handlers = Handlers(Reconciler(self._pool, secrets), self._kubernetes, board, OperatorWatch(self._meter))
+        handlers.register(self._registry)
         self._begin("keeper", self._keep(self._settings))
         self._begin("status of budgets", board.run())
         self._begin("the ledger's login", self._reread(secrets, gateway))
@@ -129,7 +146,12 @@ class _Process:
         self._tasks[name] = asyncio.create_task(work, name=name)
 
     async def _keep(self, settings: OperatorSettings) -> None:
-        keeper = Keeper(settings.database_url, grace_s=settings.grace_hours * 3600, policy=settings.policy)
+        keeper = Keeper(
+            settings.database_url,
+            grace_s=settings.grace_hours * 3600,
+            policy=settings.policy,
+            watch=self._keeper_watch,
+        )
         await keeper.run()
 
     async def _reread(self, secrets: NamespaceSecrets, gateway: GatewayLogin | None) -> None:
@@ -159,6 +181,7 @@ class _Process:
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        await self._told.aclose()
         await self._kubernetes.__aexit__()
         if self._pool is not None:
             self._pool.terminate()

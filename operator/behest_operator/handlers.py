@@ -18,6 +18,7 @@ from behest_operator.kubernetes import Kubernetes, KubernetesError
 from behest_operator.namespace_labels import NamespaceLabels
 from behest_operator.reconciler import Applied, Reconciler
 from behest_operator.status import BudgetBoard, plain
+from behest_operator.watch import OperatorWatch
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,10 @@ PREFIX = "behest.ai"
 class Handlers:
     """Registers itself with kopf."""
 
-    def __init__(self, reconciler: Reconciler, kubernetes: Kubernetes, board: BudgetBoard) -> None:
+    def __init__(
+        self, reconciler: Reconciler, kubernetes: Kubernetes, board: BudgetBoard, watch: OperatorWatch
+    ) -> None:
+        self._watch = watch
         self._reconciler = reconciler
         self._board = board
         self._applied: dict[str, _Done] = {}
@@ -67,10 +71,13 @@ class Handlers:
         assert namespace is not None, "the kinds are namespaced"
         assert name is not None, "a resource has a name"
         kind: KindName = body["kind"]
+        begun_s = time.monotonic()
         try:
             await self._reconciler.remove(kind, namespace, name, body.get("spec", {}))
         except (LedgerError, KubernetesError) as error:
+            self._watch.reconciled(kind, "failed", time.monotonic() - begun_s)
             raise kopf.TemporaryError(_unknown(error).message, delay=RETRY_S) from None
+        self._watch.reconciled(kind, "removed", time.monotonic() - begun_s)
         self._applied.pop(body["metadata"]["uid"], None)
         if kind == "Budget":
             self._board.forget(namespace, name)
@@ -88,6 +95,7 @@ class Handlers:
     async def _reconcile(self, body: kopf.Body, patch: kopf.Patch, *, again: bool = False) -> Applied | None:
         """What became of the resource; None: it was looked at `again`, and nothing can have changed."""
         metadata = body["metadata"]
+        begun_s = time.monotonic()
         try:
             namespace = metadata["namespace"]
             labels = await (self._labels.lately(namespace, RESYNC_S) if again else self._labels.now(namespace))
@@ -98,12 +106,15 @@ class Handlers:
                 return None
             applied = await self._reconciler.apply(body, labels)
         except (LedgerError, KubernetesError) as error:
+            self._watch.reconciled(body["kind"], "failed", time.monotonic() - begun_s)
             finding = _unknown(error)
             if _differs([finding], body):
                 generation = metadata.get("generation", 0)
                 patch.status["conditions"] = merged(_conditions(body), [finding], generation=generation, now=_now())
             raise kopf.TemporaryError(finding.message, delay=RETRY_S) from None
         self._applied[metadata["uid"]] = done
+        refused = applied.findings[0].status == "False"
+        self._watch.reconciled(body["kind"], "refused" if refused else "accepted", time.monotonic() - begun_s)
         return applied
 
 

@@ -54,6 +54,7 @@ class OperatorSettings(msgspec.Struct, frozen=True, kw_only=True):
     gateway_secret: Annotated[str, Meta(description="with it: the Secret that its login is written into")] = ""
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="how much is logged")] = "info"
     liveness_bind: Annotated[str, Meta(pattern=_BIND, description="where probes connect")] = "0.0.0.0:8081"
+    metrics_bind: Annotated[str, Meta(pattern=_BIND, description="where Prometheus connects; default: nowhere")] = ""
 
     @property
     def webhook(self) -> WebhookCertificates | None:
@@ -110,7 +111,9 @@ class WebhookSettings(msgspec.Struct, frozen=True, kw_only=True):
     injection_template: Annotated[str, Meta(description="the file with the sidecar's template (JSON)")]
     webhook_tls_dir: Annotated[str, Meta(description="the folder with tls.crt and tls.key")] = "/etc/behest-webhook"
     webhook_bind: Annotated[str, Meta(pattern=_BIND, description="where the API server connects")] = "0.0.0.0:9443"
-    webhook_probe_bind: Annotated[str, Meta(pattern=_BIND, description="where probes connect")] = "0.0.0.0:9081"
+    webhook_probe_bind: Annotated[str, Meta(pattern=_BIND, description="where probes and Prometheus connect")] = (
+        "0.0.0.0:9081"
+    )
 
 
 def read(kind: type[_S], environment: Mapping[str, str]) -> _S:

@@ -12,10 +12,12 @@ import os
 import signal
 import ssl
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from cryptography import x509
 from hypercorn.asyncio import serve
 from hypercorn.config import Config
 from starlette.applications import Starlette
@@ -23,8 +25,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from behest_ledger.telemetry.meter import Meter
+from behest_ledger.telemetry.process import told
+from behest_ledger.telemetry.prometheus import CONTENT_TYPE, page
+from behest_ledger.telemetry.settings import TelemetrySettingsError
 from behest_operator.settings import SettingsError, WebhookSettings, help_text, read
 from behest_operator.sidecar import Template
+from behest_operator.watch import Reviewed, WebhookWatch
 from behest_operator.webhook import ReviewError, review
 
 logger = logging.getLogger(__name__)
@@ -48,30 +55,44 @@ class _StrictTemplate(Template, frozen=True, kw_only=True, forbid_unknown_fields
     """A misspelt member is an error, not a default."""
 
 
-def application(template: Template) -> Starlette:
+def application(template: Template, watch: WebhookWatch) -> Starlette:
     """The webhook as an ASGI application: POST /inject."""
 
     async def inject(request: Request) -> Response:
-        body = bytearray()
-        async for part in request.stream():
-            body += part
-            if len(body) > BODY_BYTES_MAX:
-                return PlainTextResponse("the review is too large", 413)
-        try:
-            return JSONResponse(review(json.loads(body), template))
-        except (ReviewError, ValueError, RecursionError) as error:
-            return PlainTextResponse(str(error), 400)
+        begun_s = time.monotonic()
+        answer, result = await _reviewed(request, template)
+        watch.reviewed(result, time.monotonic() - begun_s)
+        return answer
 
     return Starlette(routes=[Route("/inject", inject, methods=["POST"])])
 
 
-def probes() -> Starlette:
-    """Liveness and readiness."""
+async def _reviewed(request: Request, template: Template) -> tuple[Response, Reviewed]:
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > BODY_BYTES_MAX:
+            return PlainTextResponse("the review is too large", 413), "invalid"
+    try:
+        answer = review(json.loads(body), template)
+    except (ReviewError, ValueError, RecursionError) as error:
+        return PlainTextResponse(str(error), 400), "invalid"
+    response = answer["response"]
+    if not response["allowed"]:
+        return JSONResponse(answer), "refused"
+    return JSONResponse(answer), "injected" if "patch" in response else "left"
+
+
+def probes(watch: WebhookWatch) -> Starlette:
+    """Liveness, readiness and metrics."""
 
     async def well(_request: Request) -> Response:
         return PlainTextResponse("ok")
 
-    return Starlette(routes=[Route("/healthz", well), Route("/readyz", well)])
+    async def metrics(_request: Request) -> Response:
+        return Response(page(watch.meter), media_type=CONTENT_TYPE)
+
+    return Starlette(routes=[Route("/healthz", well), Route("/readyz", well), Route("/metrics", metrics)])
 
 
 class _TlsConfig(Config):
@@ -83,13 +104,16 @@ class _TlsConfig(Config):
         return self.context if self.ssl_enabled else None
 
 
-async def run_server(template: Template, folder: Path, *, bind: str, probe_bind: str, stop: asyncio.Event) -> None:
+async def run_server(
+    template: Template, folder: Path, *, bind: str, probe_bind: str, stop: asyncio.Event, watch: WebhookWatch
+) -> None:
     """Serve until `stop` is set. `folder` has `tls.crt` and `tls.key`."""
     certificate, key = folder / "tls.crt", folder / "tls.key"
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["h2", "http/1.1"])
     context.load_cert_chain(certificate, key)
+    watch.serves(_expires_at_s(certificate))
     config = _TlsConfig()
     config.context = context
     config.certfile, config.keyfile = str(certificate), str(key)
@@ -100,14 +124,19 @@ async def run_server(template: Template, folder: Path, *, bind: str, probe_bind:
     probe_config.bind = [probe_bind]
     probe_config.errorlog = None
     async with asyncio.TaskGroup() as group:
-        group.create_task(serve(application(template), config, shutdown_trigger=stop.wait))  # type: ignore[arg-type]
-        group.create_task(serve(probes(), probe_config, shutdown_trigger=stop.wait))  # type: ignore[arg-type]
-        reloading = group.create_task(_reload(context, certificate, key))
+        group.create_task(serve(application(template, watch), config, shutdown_trigger=stop.wait))  # type: ignore[arg-type]
+        group.create_task(serve(probes(watch), probe_config, shutdown_trigger=stop.wait))  # type: ignore[arg-type]
+        reloading = group.create_task(_reload(context, certificate, key, watch))
         await stop.wait()
         reloading.cancel()
 
 
-async def _reload(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
+def _expires_at_s(certificate: Path) -> float:
+    """When the first certificate of a PEM file ends, Unix time."""
+    return x509.load_pem_x509_certificate(certificate.read_bytes()).not_valid_after_utc.timestamp()
+
+
+async def _reload(context: ssl.SSLContext, certificate: Path, key: Path, watch: WebhookWatch) -> None:
     """Take the files of a rotated certificate: new connections get it, open ones go on."""
     seen = _stamp(certificate, key)
     while True:
@@ -120,7 +149,8 @@ async def _reload(context: ssl.SSLContext, certificate: Path, key: Path) -> None
             # tried first where nobody is served. The next look finds them whole.
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
             context.load_cert_chain(certificate, key)
-        except (OSError, ssl.SSLError) as error:
+            watch.serves(_expires_at_s(certificate))
+        except (OSError, ssl.SSLError, ValueError) as error:
             logger.warning("the certificate cannot be taken yet: %s", error)
             continue
         seen = found
@@ -150,7 +180,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         settings = read(WebhookSettings, os.environ)
         asyncio.run(_main(settings, template_in(settings.injection_template)))
-    except (SettingsError, OSError) as error:
+    except (SettingsError, TelemetrySettingsError, OSError) as error:
         print(f"behest webhook: {error}", file=sys.stderr)
         return 2
     return 0
@@ -161,10 +191,13 @@ async def _main(settings: WebhookSettings, template: Template) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     logger.info("injecting the sidecar %s, template %s", template.image, template.hash)
-    await run_server(
-        template,
-        Path(settings.webhook_tls_dir),
-        bind=settings.webhook_bind,
-        probe_bind=settings.webhook_probe_bind,
-        stop=stop,
-    )
+    watch = WebhookWatch(Meter())
+    async with told(watch.meter, "webhook", os.environ):
+        await run_server(
+            template,
+            Path(settings.webhook_tls_dir),
+            bind=settings.webhook_bind,
+            probe_bind=settings.webhook_probe_bind,
+            stop=stop,
+            watch=watch,
+        )

@@ -7,12 +7,15 @@ import kopf
 import pytest
 
 from behest_ledger.store.errors import LedgerRefusedError, LedgerUnavailableError
+from behest_ledger.telemetry.meter import Meter
+from behest_ledger.telemetry.names import RECONCILES
 from behest_operator import handlers
 from behest_operator.conditions import Finding
 from behest_operator.handlers import Handlers
 from behest_operator.kubernetes import KubernetesError
 from behest_operator.reconciler import Applied, Reconciler, refused
 from behest_operator.status import BudgetBoard
+from behest_operator.watch import OperatorWatch
 from fake_kubernetes import FakeKubernetes
 
 NAMESPACE = "/api/v1/namespaces/demo"
@@ -52,7 +55,9 @@ class Kopf:
         self.kubernetes.objects[NAMESPACE] = {"metadata": {"name": "demo", "labels": {}}}
         self.answers = Answers()
         self.board = BudgetBoard(None, self.kubernetes)
-        self.handlers = Handlers(cast(Reconciler, self.answers), self.kubernetes, self.board)
+        self.meter = Meter()
+        watch = OperatorWatch(self.meter)
+        self.handlers = Handlers(cast(Reconciler, self.answers), self.kubernetes, self.board, watch)
         self.raw: dict[str, Any] = {
             "kind": kind,
             "metadata": {"name": "b", "namespace": "demo", "uid": "u", "generation": 1},
@@ -69,6 +74,10 @@ class Kopf:
             status = {**patch.get("status", {})}
             self.raw.setdefault("status", {}).update(status)
         return status
+
+    def reconciles(self) -> dict[tuple[str, ...], int]:
+        """What is told, by kind and result."""
+        return dict(self.meter.counter(RECONCILES).series)
 
 
 def shown(status: dict[str, Any]) -> dict[str, tuple[str, str]]:
@@ -109,6 +118,10 @@ def test_while_a_call_fails_the_status_says_so_once_and_it_is_tried_again(
         caller.answers.answer = FINE
         await caller.call("_resync")
         assert shown(caller.raw["status"])["Programmed"] == ("True", "Programmed")
+        caller.answers.answer = refused("Invalid", "no")
+        await caller.call("_resync")
+        told = {result: number for (_, result), number in caller.reconciles().items()}
+        assert told == {"accepted": 2, "failed": 3, "refused": 1}
 
     asyncio.run(main())
 
@@ -123,6 +136,7 @@ def test_a_removal_that_fails_is_tried_again_so_that_the_finalizer_stays() -> No
         caller.answers.answer = FINE
         await caller.call("_remove")
         assert caller.answers.removed == [("Project", "demo", "b")]
+        assert caller.reconciles() == {("Project", "failed"): 2, ("Project", "removed"): 1}
 
     asyncio.run(main())
 
@@ -134,6 +148,7 @@ def test_what_cannot_have_changed_is_not_applied_again(monkeypatch: pytest.Monke
         for _ in range(3):
             assert await caller.call("_resync") == {}
         assert len(caller.answers.applied) == 1
+        assert caller.reconciles() == {("Budget", "accepted"): 1}
         caller.raw["metadata"]["generation"] = 2
         await caller.call("_resync")
         monkeypatch.setattr(handlers, "RESYNC_S", 0.0)

@@ -5,16 +5,19 @@ import base64
 import json
 import ssl
 from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from cryptography import x509
 
+from behest_ledger.telemetry.meter import Meter
 from behest_operator import webhook_server
 from behest_operator.certificates import Certificates, renewed
 from behest_operator.sidecar import Template
+from behest_operator.watch import WebhookWatch
 from behest_operator.webhook_server import run_server
 from behest_proxy.cli.preflight import free_port
 
@@ -53,6 +56,7 @@ def running(folder: Path, work: Callable[[Running], Awaitable[None]]) -> None:
                 bind=f"127.0.0.1:{server.port}",
                 probe_bind=f"127.0.0.1:{server.probe_port}",
                 stop=stop,
+                watch=WebhookWatch(Meter()),
             )
         )
         try:
@@ -80,7 +84,7 @@ def review_of(pod: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-POD = {
+POD: dict[str, Any] = {
     "metadata": {"labels": {"behest.ai/inject": "true"}, "annotations": {"behest.ai/project": "shop"}},
     "spec": {"containers": [{"name": "app", "image": "app"}]},
 }
@@ -158,5 +162,41 @@ def test_without_tls_and_with_an_old_tls_nothing_is_answered(tmp_path: Path) -> 
         async with httpx.AsyncClient() as client:
             for path in ("/healthz", "/readyz"):
                 assert (await client.get(f"http://127.0.0.1:{server.probe_port}{path}")).text == "ok"
+
+    running(tmp_path, work)
+
+
+def test_reviews_and_the_end_of_the_certificate_are_in_its_metrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webhook_server, "RELOAD_S", 0.02)
+
+    async def work(server: Running) -> None:
+        async def told() -> dict[str, float]:
+            async with httpx.AsyncClient() as client:
+                answer = await client.get(f"http://127.0.0.1:{server.probe_port}/metrics")
+            samples = (line.rpartition(" ") for line in answer.text.splitlines() if not line.startswith("#"))
+            return {name: float(value) for name, _, value in samples}
+
+        def reviews(result: str) -> str:
+            return f'behest_webhook_reviews_total{{behest_result="{result}"}}'
+
+        expiry = "behest_webhook_certificate_expires_at_seconds"
+        found = await told()
+        leaf = x509.load_pem_x509_certificate(server.certificates.leaf)
+        assert found == {expiry: leaf.not_valid_after_utc.timestamp()}
+        other_pod = {"metadata": {}, "spec": {"containers": [{"name": "app", "image": "app"}]}}
+        bad_pod: dict[str, Any] = {**POD, "metadata": {**POD["metadata"], "annotations": {"behest.ai/port": "no port"}}}
+        async with server.client() as client:
+            for pod in (POD, POD, other_pod, bad_pod):
+                assert (await client.post("/inject", json=review_of(pod))).status_code == 200
+            await client.post("/inject", content=b"{}")
+        found = await told()
+        numbers = {result: found.get(reviews(result)) for result in ("injected", "left", "refused", "invalid")}
+        assert numbers == {"injected": 2, "left": 1, "refused": 1, "invalid": 1}
+        assert found["behest_webhook_duration_seconds_count"] == 5
+        server.use(renewed(None, names=["localhost"], now=datetime.now(UTC) - timedelta(days=1)))
+        while (await told())[expiry] == leaf.not_valid_after_utc.timestamp():
+            await asyncio.sleep(0.02)
 
     running(tmp_path, work)

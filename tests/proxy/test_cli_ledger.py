@@ -1,6 +1,7 @@
 """`behest ledger` from the command line, against a real PostgreSQL."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -8,10 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from behest_ledger.store.pool import connect
 from behest_proxy.cli.main import main
+from behest_proxy.cli.preflight import free_port
 from ledger.books import Books, keep_books, settlement
 from ledger.sealing import seal_all
 from ledger.sidecars import Sidecar, state
@@ -37,6 +40,12 @@ def test_top_shows_what_running_requests_have_cost_so_far(database: str, capsys:
     assert row.split() == ["s1", "ann", "small", "demo/shop", "1", "1", "3", "8", "0.000000000089", "0.000000000056"]
 
 
+def metrics_at(address: str) -> str:
+    with contextlib.suppress(httpx.TransportError):
+        return httpx.get(f"http://{address}/metrics").text
+    return ""
+
+
 def test_keep_ends_what_a_dead_sidecar_left_and_stops_when_told(database: str, tmp_path: Path) -> None:
     ids: list[Any] = []
 
@@ -54,12 +63,19 @@ def test_keep_ends_what_a_dead_sidecar_left_and_stops_when_told(database: str, t
 
     keep_books(database, before)
     log = tmp_path / "log"
+    address = f"127.0.0.1:{free_port(0)}"
+    how = ["--grace-hours", "0", "--policy", "hold", "--metrics", address]
     with log.open("wb") as output:
-        keeper = subprocess.Popen(
-            [*KEEP, "--grace-hours", "0", "--policy", "hold", "--database-url", database], stderr=output, stdout=output
-        )
+        keeper = subprocess.Popen([*KEEP, *how, "--database-url", database], stderr=output, stdout=output)
     try:
         wait_until(lambda: asyncio.run(look()) == "charged_by_policy", what="the keeper's work")
+        wait_until(lambda: "behest_keeper_policy_charges_total 1.0" in metrics_at(address), what="its metrics")
+        page = metrics_at(address)
+        assert "behest_keeper_reaped_total 1.0" in page
+        assert (
+            "behest_keeper_policy_cost_USD_total 2e-011" in page or "behest_keeper_policy_cost_USD_total 2e-11" in page
+        )
+        assert "behest_ledger_suspense 0.0" in page
         os.kill(keeper.pid, signal.SIGTERM)
         assert keeper.wait(20) == 0
     finally:

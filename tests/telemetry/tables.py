@@ -9,6 +9,9 @@ from behest_ledger.telemetry.settings import VARIABLES
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "telemetry.md"
 _TELLERS = {
     "sidecar": "Each sidecar or gateway",
+    "keeper": "The keeper that works: in the operator, or `behest ledger keep`",
+    "operator": "The operator",
+    "webhook": "Each webhook",
 }
 
 

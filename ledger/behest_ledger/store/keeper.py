@@ -16,6 +16,7 @@ provider's invoice) is a correction of that charge: `store/corrections.py`.
 import asyncio
 import logging
 import math
+import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -27,6 +28,7 @@ import msgspec
 from behest_ledger.configuration.status import shown_amount
 from behest_ledger.money import usd_from_pico
 from behest_ledger.store.errors import LedgerConflictError, LedgerError, LedgerRefusedError, mapped
+from behest_ledger.store.keeper_watch import KeeperWatch
 from behest_ledger.store.migrate import PARTITIONS_AHEAD_MONTHS, check_schema
 from behest_ledger.store.pool import Connection, connect
 from behest_ledger.store.retention import MONTH_TIMEOUT_S, RETENTION_MONTHS, put_old_months_away
@@ -109,7 +111,7 @@ class Keeper:
     `grace_s` is how long a hold waits in suspense for its journal, `policy` what it is charged after that:
     "checkpoint" what its last checkpoint says, "hold" all that was held. `retention_months` whole months stay beside
     the current one (0: all); older ones are detached, and with `drop_months` dropped. Threads are deleted `thread_days`
-    after their last message, where their project does not say otherwise.
+    after their last message, where their project does not say otherwise. `watch` is told what becomes of it all.
     """
 
     def __init__(
@@ -124,8 +126,10 @@ class Keeper:
         retention_months: int = RETENTION_MONTHS,
         drop_months: bool = False,
         thread_days: int = RETENTION_DAYS,
+        watch: KeeperWatch | None = None,
     ) -> None:
         self._dsn = dsn
+        self._watch = watch
         self._interval_s = interval_s
         self._grace = timedelta(seconds=grace_s)
         self._policy: Policy = policy
@@ -157,7 +161,7 @@ class Keeper:
         try:
             while True:
                 try:
-                    report = await self.run_once()
+                    report = await self._watched_round()
                 except LedgerError as error:
                     logger.warning("keeping the ledger failed, trying again in %.1f s: %s", retry_s, error)
                     await asyncio.sleep(retry_s)
@@ -167,6 +171,18 @@ class Keeper:
                     await asyncio.sleep(0 if report.more else self._interval_s)
         finally:
             await self.aclose()
+
+    async def _watched_round(self) -> KeeperReport:
+        begun_s = time.monotonic()
+        try:
+            report = await self.run_once()
+        except LedgerError:
+            if self._watch is not None:
+                self._watch.failed()
+            raise
+        if self._watch is not None:
+            self._watch.done(report, time.monotonic() - begun_s)
+        return report
 
     async def run_once(self) -> KeeperReport:
         """One round. Raises `LedgerError`; the next round connects again where that is needed."""
@@ -183,6 +199,8 @@ class Keeper:
             sealed = await self._seal(connection)
             added = await self._add_up(connection, sealed)
             threads_deleted = await self._forget_threads(connection)
+            if self._watch is not None:
+                await self._watch.look(connection)
         return KeeperReport(
             working=True,
             fenced=fenced,
@@ -364,10 +382,13 @@ class Keeper:
         if oldest is None or self._held_up is None or oldest.transaction != self._held_up.transaction:
             self._held_up_since_s = now_s
         self._held_up = oldest
+        # Whose age this role may not see is as old as this keeper has known it.
+        known_s = now_s - self._held_up_since_s
+        age_s = 0.0 if oldest is None else known_s if oldest.age_s is None else oldest.age_s
+        if self._watch is not None:
+            self._watch.sealed(age_s)
         if oldest is None:
             return
-        # Whose age this role may not see is as old as this keeper has known it.
-        age_s = oldest.age_s if oldest.age_s is not None else now_s - self._held_up_since_s
         if age_s >= self._seal_stall_s and now_s - self._stall_told_s >= self._seal_stall_s:
             self._stall_told_s = now_s
             logger.warning("nothing newer can be sealed: %s, %d s old; end it (pg_terminate_backend)", oldest, age_s)

@@ -12,7 +12,7 @@ import msgspec
 SCOPE = "behest"
 """The instrumentation scope."""
 SERVICE_NAME = "behest"
-"""`service.name` where `OTEL_SERVICE_NAME` says no other."""
+"""`service.name` of a sidecar or gateway where `OTEL_SERVICE_NAME` says no other; of others it begins so."""
 OTHER = "other"
 """Stands for what is beyond a bound."""
 VALUES_MAX = 200
@@ -30,6 +30,11 @@ COST_CENTER = "behest.cost_center"
 OUTCOME = "behest.outcome"
 REASON = "behest.reason"
 OPERATION = "behest.ledger.operation"
+TENANT = "behest.tenant"
+BUDGET = "behest.budget"
+UNIT = "behest.unit"
+RESULT = "behest.result"
+KIND = "behest.kind"
 GEN_AI_OPERATION = "gen_ai.operation.name"
 PROVIDER = "gen_ai.provider.name"
 REQUEST_MODEL = "gen_ai.request.model"
@@ -48,6 +53,11 @@ ATTRIBUTES: dict[str, str] = {
     OUTCOME: "how the request ended, as in the ledger",
     REASON: "why the ledger refused",
     OPERATION: "`admit`, `extend` or `settle`",
+    TENANT: "whose Budget it is",
+    BUDGET: "`<namespace>/<name>` of the Budget",
+    UNIT: "what the Budget counts: `usd`, `tokens` or `requests`",
+    RESULT: "what came of it",
+    KIND: "the kind of the resource",
     GEN_AI_OPERATION: "`chat`",
     PROVIDER: "the provider, as the conventions call it; an Upstream that no price book knows, by its name",
     REQUEST_MODEL: "the model that was asked for, after defaults and tiers",
@@ -110,7 +120,7 @@ PROVIDER_NAMES = {
 """The price book's ids where the conventions have another word; others are the same."""
 
 InstrumentKind = Literal["counter", "histogram", "gauge"]
-Teller = Literal["sidecar"]
+Teller = Literal["sidecar", "keeper", "operator", "webhook"]
 
 
 class Instrument(msgspec.Struct, frozen=True, kw_only=True):
@@ -146,6 +156,7 @@ _PROMETHEUS_UNITS = {"s": "seconds", "1": "ratio"}
 ATTRIBUTION = (PROJECT, NAMESPACE, WORKLOAD, TEAM, COST_CENTER)
 CALL = (*ATTRIBUTION, GEN_AI_OPERATION, PROVIDER, REQUEST_MODEL, RESPONSE_MODEL, SERVER_ADDRESS, SERVER_PORT)
 SPENT = (*ATTRIBUTION, PROVIDER, REQUEST_MODEL)
+OF_BUDGET = (TENANT, BUDGET, UNIT)
 
 _TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576, 4194304, 16777216, 67108864)
 _DURATION_S = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
@@ -153,6 +164,7 @@ _FIRST_CHUNK_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.
 _PER_CHUNK_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
 _OWN_S = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
 _CANCEL_S = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.25, 1.0)
+_ROUND_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 200)
 
 
@@ -161,10 +173,21 @@ def _counter(name: str, unit: str, description: str, attributes: tuple[str, ...]
 
 
 def _histogram(
-    name: str, unit: str, description: str, attributes: tuple[str, ...], bounds: tuple[float, ...]
+    name: str,
+    unit: str,
+    description: str,
+    attributes: tuple[str, ...],
+    bounds: tuple[float, ...],
+    teller: Teller = "sidecar",
 ) -> Instrument:
     return Instrument(
-        name=name, kind="histogram", unit=unit, description=description, attributes=attributes, bounds=bounds
+        name=name,
+        kind="histogram",
+        unit=unit,
+        description=description,
+        attributes=attributes,
+        bounds=bounds,
+        teller=teller,
     )
 
 
@@ -264,6 +287,104 @@ JOURNAL_LAG = _gauge(
     "behest.ledger.journal_lag", "s", "How long the oldest settlement has waited for the ledger.", (), "sidecar"
 )
 BACKLOG = _gauge("behest.ledger.backlog", "{request}", "Settlements that wait for the ledger.", (), "sidecar")
+
+BUDGET_LIMIT = _gauge(
+    "behest.budget.limit",
+    "{unit}",
+    "What may be spent: the limits of a Budget's current windows, one for each of its subjects, together.",
+    OF_BUDGET,
+    "keeper",
+)
+BUDGET_SPENT = _gauge("behest.budget.spent", "{unit}", "Spent in its current windows.", OF_BUDGET, "keeper")
+BUDGET_HELD = _gauge(
+    "behest.budget.held", "{unit}", "On hold in them, for requests that run or wait for their journal.",
+    OF_BUDGET, "keeper",
+)  # fmt: skip
+BUDGET_REMAINING = _gauge(
+    "behest.budget.remaining",
+    "{unit}",
+    "Left in them: limit less spent and held. Of a soft budget it may be below zero.",
+    OF_BUDGET,
+    "keeper",
+)
+BUDGET_EXHAUSTED = _gauge(
+    "behest.budget.exhausted", "{subject}", "Its subjects that can pay no other request.", OF_BUDGET, "keeper"
+)
+BUDGET_PERIOD = _gauge(
+    "behest.budget.period", "s", "How long its window is; absent where it never ends.", OF_BUDGET, "keeper"
+)
+BUDGET_RESETS = _gauge(
+    "behest.budget.resets_at",
+    "s",
+    "When the last of its current windows ends, as Unix time; absent where none does.",
+    OF_BUDGET,
+    "keeper",
+)
+BUDGETS_UNTOLD = _gauge(
+    "behest.budget.untold", "{budget}", "Budgets beyond the 2,000 that are told of.", (), "keeper"
+)  # fmt: skip
+SEAL_LAG = _gauge(
+    "behest.ledger.seal_lag",
+    "s",
+    "How old the oldest is of what may be under no seal yet. Where all is well, about a minute at most.",
+    (),
+    "keeper",
+)
+HOLDERS = _gauge("behest.ledger.holders", "{process}", "Sidecars that the ledger believes.", (), "keeper")
+SUSPENSE = _gauge(
+    "behest.ledger.suspense", "{request}", "Requests of lost sidecars that wait for their journal.", (), "keeper"
+)
+SUSPENSE_AGE = _gauge(
+    "behest.ledger.suspense_age", "s", "How long the first of them has waited; 0: there is none.", (), "keeper"
+)
+KEEPER_ROUNDS = _counter(
+    "behest.keeper.rounds", "{round}", "The keeper's rounds: `worked`, `stood_by` (another one works) or `failed`.",
+    (RESULT,), teller="keeper",
+)  # fmt: skip
+KEEPER_DURATION = _histogram(
+    "behest.keeper.duration", "s", "A round that worked.", (), _ROUND_S, "keeper"
+)  # fmt: skip
+REAPED = _counter(
+    "behest.keeper.reaped", "{process}", "Sidecars that were found dead and shut out.", (), teller="keeper"
+)
+SUSPENDED = _counter(
+    "behest.keeper.suspended", "{request}", "Requests of theirs that went to suspense.", (), teller="keeper"
+)
+POLICY_CHARGES = _counter(
+    "behest.keeper.policy_charges", "{request}", "Requests that no journal settled in time: charged by policy.", (),
+    teller="keeper",
+)  # fmt: skip
+POLICY_COST = _counter(
+    "behest.keeper.policy_cost", "USD", "What those were charged.", (), scale=10**12, teller="keeper"
+)
+SEALED_ROWS = _counter("behest.keeper.sealed", "{row}", "Rows that were sealed.", (), teller="keeper")
+RECONCILES = _counter(
+    "behest.operator.reconciles",
+    "{call}",
+    "Resources carried into the ledger: `accepted`, `refused`, `removed`, or `failed` and to be tried again.",
+    (KIND, RESULT),
+    teller="operator",
+)
+RECONCILE_DURATION = _histogram(
+    "behest.operator.reconcile_duration", "s", "One of them.", (KIND,), _OWN_S, "operator"
+)  # fmt: skip
+REVIEWS = _counter(
+    "behest.webhook.reviews",
+    "{review}",
+    "Pods that were looked at: `injected`, `left` as they are, `refused`; or `invalid`, what was no review of a pod.",
+    (RESULT,),
+    teller="webhook",
+)
+REVIEW_DURATION = _histogram(
+    "behest.webhook.duration", "s", "A review, from its first byte to the answer.", (), _OWN_S, "webhook"
+)  # fmt: skip
+CERTIFICATE_EXPIRY = _gauge(
+    "behest.webhook.certificate_expires_at",
+    "s",
+    "Until when the certificate that it serves is good, as Unix time.",
+    (),
+    "webhook",
+)
 
 INSTRUMENTS: tuple[Instrument, ...] = tuple(
     value for value in list(globals().values()) if isinstance(value, Instrument)

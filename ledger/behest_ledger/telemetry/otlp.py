@@ -49,12 +49,12 @@ class _OneResource(Resource):
         return self is other
 
 
-def resource(more: Mapping[str, str]) -> Resource:
-    """What describes this process: `OTEL_RESOURCE_ATTRIBUTES` goes before `more`."""
+def resource(more: Mapping[str, str], service_name: str = SERVICE_NAME) -> Resource:
+    """What describes this process: `OTEL_RESOURCE_ATTRIBUTES` and `OTEL_SERVICE_NAME` go before what is said here."""
     made = Resource.create()
     missing = {key: value for key, value in more.items() if value and key not in made.attributes}
     if str(made.attributes.get(SERVICE_NAME_KEY, "")).startswith("unknown_service"):
-        missing[SERVICE_NAME_KEY] = SERVICE_NAME
+        missing[SERVICE_NAME_KEY] = service_name
     return _OneResource({**made.attributes, **missing}, made.schema_url)
 
 

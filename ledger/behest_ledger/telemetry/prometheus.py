@@ -3,7 +3,7 @@
 So a query works whichever way they came: pulled from `/metrics`, or pushed by OTLP to a collector or to Prometheus.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -59,10 +59,17 @@ def page(meter: Meter) -> bytes:
     return bytes(generate_latest(registry_of(meter)))
 
 
-def serve_metrics(meter: Meter, bind: str) -> None:
-    """Answer `/metrics` in a thread of its own until the process ends, for those that serve nothing else.
+def serve_metrics(meter: Meter, bind: str) -> Callable[[], None]:
+    """Answer GET from a thread of its own, for processes that serve nothing else; what is returned ends it.
 
     Raises OSError where nobody can listen at `bind` (`host:port`).
     """
     host, _, port = bind.rpartition(":")
-    start_http_server(int(port), addr=host.strip("[]"), registry=registry_of(meter))
+    server, thread = start_http_server(int(port), addr=host.strip("[]") or "0.0.0.0", registry=registry_of(meter))  # noqa: S104
+
+    def end() -> None:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+    return end

@@ -4,9 +4,11 @@ import argparse
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import sys
 import time
+from collections.abc import Coroutine
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,6 +112,12 @@ def _add_keep(commands: Any) -> argparse.ArgumentParser:
         help="threads are deleted so long after their last message, unless their project says otherwise"
         " (default: %(default)s)",
     )
+    keep.add_argument(
+        "--metrics",
+        type=_address,
+        metavar="ADDRESS",
+        help="answer Prometheus at host:port, such as 127.0.0.1:9464 (default: nowhere); OTEL_* variables push",
+    )
     return keep
 
 
@@ -155,11 +163,22 @@ def _days(text: str) -> int:
     return value
 
 
+def _address(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise argparse.ArgumentTypeError(f"{text} is not host:port")
+    return text
+
+
 async def _keep(dsn: str, arguments: argparse.Namespace) -> int:
     from behest_ledger.store.errors import LedgerUnavailableError
     from behest_ledger.store.keeper import Keeper
+    from behest_ledger.store.keeper_watch import KeeperWatch
     from behest_ledger.store.migrate import check_schema
     from behest_ledger.store.pool import connect
+    from behest_ledger.telemetry.meter import Meter
+    from behest_ledger.telemetry.process import told
+    from behest_ledger.telemetry.settings import TelemetrySettingsError
 
     # A wrong schema is told at once; a database that is away is waited for.
     with contextlib.suppress(LedgerUnavailableError):
@@ -169,6 +188,7 @@ async def _keep(dsn: str, arguments: argparse.Namespace) -> int:
         finally:
             await connection.close()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    meter = Meter()
     keeper = Keeper(
         dsn,
         interval_s=arguments.interval,
@@ -177,14 +197,26 @@ async def _keep(dsn: str, arguments: argparse.Namespace) -> int:
         retention_months=arguments.retention_months,
         drop_months=arguments.drop,
         thread_days=arguments.thread_days,
+        watch=KeeperWatch(meter),
     )
-    loop = asyncio.get_running_loop()
-    work = loop.create_task(keeper.run(), name="keeper")
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, work.cancel)
-    with contextlib.suppress(asyncio.CancelledError):
-        await work
+    try:
+        async with told(meter, "keeper", os.environ, bind=arguments.metrics or ""):
+            await _until_stopped(keeper.run())
+    except TelemetrySettingsError as error:
+        raise UserError(str(error), "see docs/telemetry.md") from None
+    except OSError as error:
+        raise UserError(f"--metrics {arguments.metrics}: {error.strerror or error}", "name a free address") from None
     return 0
+
+
+async def _until_stopped(work: Coroutine[Any, Any, None]) -> None:
+    """Run it until SIGTERM or SIGINT."""
+    loop = asyncio.get_running_loop()
+    task = loop.create_task(work)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, task.cancel)
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
 
 
 async def _migrate(dsn: str, arguments: argparse.Namespace) -> int:
