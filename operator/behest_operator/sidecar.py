@@ -44,6 +44,9 @@ class Template(msgspec.Struct, frozen=True, kw_only=True):
     log_format: str = "text"
     telemetry: dict[str, str] = {}
     """OpenTelemetry's variables (`OTEL_*`)."""
+    telemetry_headers_secret: str = ""
+    """A Secret in the pod's namespace with `OTEL_EXPORTER_OTLP_HEADERS`; where there is none, nothing is sent along."""
+    telemetry_headers_key: str = "otlp-headers"
     cpu_request: str | None = "50m"
     cpu_limit: str | None = None
     memory_request: str | None = "192Mi"
@@ -220,6 +223,9 @@ def _container(pod: Pod, namespace: str, settings: _Settings) -> Pod:
         plain["BEHEST_POD_BIND"] = f"127.0.0.1:{template.pod_port}"
     environment: list[Pod] = [{"name": name, "value": value} for name, value in plain.items()]
     environment.append({"name": "BEHEST_NAME", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}})
+    if template.telemetry_headers_secret:
+        reference = {"name": template.telemetry_headers_secret, "key": template.telemetry_headers_key, "optional": True}
+        environment.append({"name": "OTEL_EXPORTER_OTLP_HEADERS", "valueFrom": {"secretKeyRef": reference}})
     requests = {"cpu": template.cpu_request, "memory": template.memory_request}
     limits = {"cpu": template.cpu_limit, "memory": template.memory_limit}
 

@@ -36,13 +36,20 @@ MATRIX: dict[str, tuple[str, ...]] = {
     "image from elsewhere": ("image.repository=localhost:5000/behest", "image.tag=main"),
     "another name": ("fullnameOverride=ledger", "masterKey.secretName=null", "masterKey.secretKey=yes"),
     "without policies": ("networkPolicies.enabled=false",),
-    "monitors": (*_GATEWAY, "serviceMonitor.enabled=true", "serviceMonitor.labels.release=prometheus"),
+    "monitors": (
+        *_GATEWAY,
+        "serviceMonitor.enabled=true",
+        "serviceMonitor.labels.release=prometheus",
+        "networkPolicies.prometheusNamespaces={monitoring}",
+    ),
     "dashboards": ("dashboards.enabled=true", "dashboards.namespace=default"),
     "alerts": ("alerts.enabled=true", "alerts.labels.release=prometheus"),
     "telemetry": (
         *_GATEWAY,
         "telemetry.logFormat=json",
         "telemetry.environment.OTEL_EXPORTER_OTLP_ENDPOINT=http://collector:4318",
+        "telemetry.headers.secretName=collector",
+        "telemetry.headers.secretKey=yes",
     ),
     "without definitions": ("crds.install=false",),
     "sidecars without limits": (
@@ -58,6 +65,7 @@ MATRIX: dict[str, tuple[str, ...]] = {
 }
 """What `--set-string` or `--set` gets, by a name for people. Where a value could be read as null or a number, it is."""
 _LITERAL = {"gateway.providerKeysSecretName", "masterKey.secretName", "masterKey.secretKey", "image.pullSecrets"}
+_LITERAL |= {"telemetry.headers.secretKey"}
 
 WRONG: dict[tuple[str, ...], str] = {
     ("database.external.secretName=ledger",): "set trial.enabled to false, or leave external.secretName empty",
@@ -83,6 +91,10 @@ WRONG: dict[tuple[str, ...], str] = {
     ("operator.policy=guess",): "at '/operator/policy': value must be one of 'checkpoint', 'hold'",
     ("telemetry.environment.PATH=/tmp",): "invalid propertyName 'PATH'",
     ("telemetry.environment.OTEL_SDK_DISABLED=true",): "at '/telemetry/environment/OTEL_SDK_DISABLED': got boolean",
+    (
+        "telemetry.environment.OTEL_EXPORTER_OTLP_HEADERS=a=b",
+        "telemetry.headers.secretName=collector",
+    ): "the headers stand in headers.secretName or in environment.OTEL_EXPORTER_OTLP_HEADERS, not in both",
     ("operator.replicas=2",): "at '/operator': additional properties 'replicas' not allowed",
 }
 """Values that are refused, and what the message says."""

@@ -275,6 +275,7 @@ def test_a_changed_sidecar_is_seen_on_the_webhooks_pods_and_on_its_own(control_p
         "sidecar.adminPort=9002", "sidecar.logLevel=debug", "sidecar.drainSeconds=5", "sidecar.journalSize=1Gi",
         "sidecar.defaultProject=shop", "telemetry.logFormat=json",
         "telemetry.environment.OTEL_EXPORTER_OTLP_ENDPOINT=http://collector:4318",
+        "telemetry.headers.secretName=collector",
         "sidecar.resources.limits.cpu=2", "sidecar.resources.limits.memory=null", "sidecar.resources.requests.cpu=1",
         "sidecar.resources.requests.memory=1Gi", POOLED,
     ):  # fmt: skip
@@ -337,3 +338,19 @@ def test_the_policies_let_in_those_who_have_to_and_nobody_else(control_plane: Co
         assert lets_in(policies, pods["webhook"], stranger, elsewhere=elsewhere)
         assert not lets_in(policies, pods["operator"], injected, elsewhere=elsewhere)
     assert not lets_in(policies, ledger, pods["webhook"], elsewhere=False)
+
+
+def test_every_monitor_finds_its_port_and_only_prometheus_may_ask_the_operator(control_plane: ControlPlane) -> None:
+    objects = objects_of(control_plane, "monitors")
+    pods = [template for template in pod_templates(objects).values() if "containers" in template["spec"]]
+    monitors = {item["metadata"]["name"]: item["spec"] for item in objects if item["kind"] == "PodMonitor"}
+    assert set(monitors) == {"b", "b-operator", "b-webhook", "b-gateway"}
+    for name in set(monitors) - {"b"}:
+        (found,) = [pod for pod in pods if selects(monitors[name]["selector"], pod["metadata"]["labels"])]
+        ports = {port["name"] for container in found["spec"]["containers"] for port in container.get("ports", [])}
+        assert {endpoint["port"] for endpoint in monitors[name]["podMetricsEndpoints"]} <= ports, name
+    policies = {item["metadata"]["name"]: item["spec"] for item in objects if item["kind"] == "NetworkPolicy"}
+    expression = {"key": "kubernetes.io/metadata.name", "operator": "In", "values": ["monitoring"]}
+    asking = [{"namespaceSelector": {"matchExpressions": [expression]}}]
+    assert policies["b-operator"]["ingress"] == [{"ports": [{"port": "metrics"}], "from": asking}]
+    assert {"ports": [{"port": "probes"}], "from": asking} in policies["b-webhook"]["ingress"]

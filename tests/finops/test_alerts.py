@@ -11,10 +11,34 @@ from finops.prometheus import program
 
 RULES = Path(__file__).resolve().parents[2] / "deploy" / "helm" / "behest" / "alerts" / "behest.yaml"
 ALERTS: dict[str, str] = {
-    rule["alert"]: rule["expr"] for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]
+    rule["alert"]: rule["labels"]["severity"]
+    for group in yaml.safe_load(RULES.read_text())["groups"]
+    for rule in group["rules"]
+    if "alert" in rule
 }
+"""Each with its severity."""
 OUTCOMES = "behest_stream_outcomes_total"
 Series = dict[str, str]
+MONTH_S, DAY_S, HOUR_S = 2_592_000, 86_400, 3_600
+
+
+def of_budget(name: str, *, unit: str = "usd") -> dict[str, str]:
+    return {"behest_tenant": "acme", "behest_budget": name, "behest_unit": unit}
+
+
+def budget(
+    name: str, spent: str, *, period_s: int = MONTH_S, resets: str = "1000000x900", keeper: str = "a"
+) -> dict[str, str]:
+    """The series of a budget of 100 as a keeper tells them; `resets` is when its windows end."""
+    labels = ",".join(f'{key}="{value}"' for key, value in {**of_budget(name), "instance": keeper}.items())
+    return {
+        f"behest_budget_limit{{{labels}}}": "100x900",
+        f"behest_budget_spent{{{labels}}}": spent,
+        f"behest_budget_period_seconds{{{labels}}}": f"{period_s}x900",
+        f"behest_budget_resets_at_seconds{{{labels}}}": resets,
+    }
+
+
 CASES: dict[str, tuple[str, Series, dict[str, list[dict[str, str]]]]] = {
     # What it is of: the alert, what came in (a value a minute), and who is told of at which times.
     "an overrun, also the first one of a project": (
@@ -53,6 +77,74 @@ CASES: dict[str, tuple[str, Series, dict[str, list[dict[str, str]]]]] = {
         },
         {"2m": [], "40m": [{"behest_project": "poor"}]},
     ),
+    "a month's budget that is spent in a day and a half": (
+        "BehestBudgetBurnFast",
+        {
+            **budget("hasty", "0+0.05x900"),
+            **budget("even", "0+0.002x900"),
+            # Its burst is over: an hour sees it still, five minutes do not.
+            **budget("calmed", "0+0.05x80 4x900"),
+            # Half is gone already when somebody begins to look.
+            **budget("found", "50+0.002x900"),
+        },
+        {"58m": [], "62m": [of_budget("calmed"), of_budget("hasty")], "90m": [of_budget("hasty")]},
+    ),
+    "a budget whose window begins, whose keeper changes or that is corrected": (
+        "BehestBudgetBurnFast",
+        {
+            **budget("begins", "80+0.002x89 0+0.002x900", resets=f"5400x89 {5400 + MONTH_S}x900"),
+            **budget("hastily", "80+0.002x89 0+0.2x900", resets=f"5400x89 {5400 + MONTH_S}x900"),
+            **budget("kept", "50+0.002x99 _x900", resets="1000000x99 _x900"),
+            **budget("kept", "_x100 50.2+0.002x900", resets="_x100 1000000x900", keeper="b"),
+            **budget("corrected", "80x99 20x900"),
+        },
+        {"85m": [], "95m": [], "105m": [of_budget("hastily")], "200m": [of_budget("hastily")]},
+    ),
+    "a budget that lasts a fifth of its time": (
+        "BehestBudgetBurnSlow",
+        {
+            **budget("month", "0+0.02x900"),
+            **budget("day", "0+0.5x200 100x900", period_s=DAY_S, resets=f"{DAY_S}x900"),
+            **budget("steady day", "0+0.06x900", period_s=DAY_S, resets=f"{DAY_S}x900"),
+            **budget("hour", "0+1.5x59 0+1.5x59 0+1.5x900", period_s=HOUR_S, resets="3600x59 7200x59 10800x900"),
+        },
+        {"40m": [], "70m": [of_budget("day")], "300m": [], "380m": [of_budget("month")]},
+    ),
+    "a ledger that nobody keeps": (
+        "BehestNotKept",
+        {
+            'behest_keeper_rounds_total{instance="a",behest_result="worked"}': "0+12x100 _x100",
+            'behest_keeper_rounds_total{instance="b",behest_result="stood_by"}': "0+12x200",
+        },
+        {"5m": [], "90m": [], "110m": [], "125m": [{}]},
+    ),
+    "a ledger that cannot be sealed": (
+        "BehestSealLag",
+        {"behest_ledger_seal_lag_seconds": "0 60 0 60 0 60 0 60 0 60 0+60x30"},
+        {"10m": [], "24m": [], "33m": [{}]},
+    ),
+    "a request that waits for its journal": (
+        "BehestSuspense",
+        {'behest_ledger_suspense_age_seconds{instance="a"}': "0+60x900"},
+        {"700m": [], "730m": [{}]},
+    ),
+    "a certificate that nobody renews": (
+        "BehestWebhookCertificate",
+        {
+            'behest_webhook_certificate_expires_at_seconds{instance="a"}': f"{20 * DAY_S}x60 {10 * DAY_S}x60",
+            'behest_webhook_certificate_expires_at_seconds{instance="b"}': f"{20 * DAY_S}x120",
+        },
+        {"60m": [], "75m": [{}]},
+    ),
+    "a resource that the ledger does not take": (
+        "BehestReconcileErrors",
+        {
+            'behest_operator_reconciles_total{behest_kind="Budget",behest_result="failed"}': "0x10 0+7x60",
+            'behest_operator_reconciles_total{behest_kind="Tier",behest_result="accepted"}': "0+7x60",
+            'behest_operator_reconciles_total{behest_kind="Project",behest_result="failed"}': "0x10 1x60",
+        },
+        {"10m": [], "20m": [], "35m": [{"behest_kind": "Budget"}], "60m": [{"behest_kind": "Budget"}]},
+    ),
     "a ledger that does not take settlements": (
         "BehestLedgerLag",
         {
@@ -89,11 +181,6 @@ CASES: dict[str, tuple[str, Series, dict[str, list[dict[str, str]]]]] = {
         {"9m": [], "13m": [{"namespace": "behest", "deployment": "behest-webhook"}]},
     ),
 }
-SEVERITIES = {
-    rule["alert"]: rule["labels"]["severity"]
-    for group in yaml.safe_load(RULES.read_text())["groups"]
-    for rule in group["rules"]
-}
 
 
 def run(*arguments: str) -> None:
@@ -106,7 +193,7 @@ def test_promtool_finds_no_fault_in_the_rules() -> None:
 
 
 def labels(alert: str, more: dict[str, str]) -> str:
-    shown = {"alertname": alert, "alertstate": "firing", "severity": SEVERITIES[alert], **more}
+    shown = {"alertname": alert, "alertstate": "firing", "severity": ALERTS[alert], **more}
     return "ALERTS{" + ",".join(f'{name}="{value}"' for name, value in shown.items()) + "}"
 
 

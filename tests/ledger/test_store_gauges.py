@@ -20,6 +20,7 @@ from ledger.books import Books, keep_books, settlement
 from ledger.sidecars import Sidecar, reap
 
 DAY_S = 24 * 3600.0
+INTERVAL_S = 15.0
 
 
 async def read(books: Books) -> tuple[BooksGauges, dict[str, BudgetGauges]]:
@@ -65,6 +66,19 @@ def test_one_without_a_window_has_its_whole_limit_and_says_when_it_begins_again(
                 assert (one.limit, one.spent, one.held, one.remaining) == (100, 0, 0, 100)
             assert abs((one.resets_at_s or 0) - midnight.timestamp()) < 2 * DAY_S
             assert one.period_s == DAY_S
+
+    keep_books(dsn, work)
+
+
+def test_where_windows_end_at_different_times_no_end_is_told(dsn: str) -> None:
+    async def work(books: Books) -> None:
+        await books.budget("each", 100, unit="tokens", per=["user"], period="hour", alignment="rolling")
+        await books.admit(user="ann")
+        _, found = await read(books)
+        assert (found["each"].resets_at_s or 0) > time.time()
+        await books.admit(user="bob")
+        _, found = await read(books)
+        assert (found["each"].resets_at_s, found["each"].period_s) == (None, 3600)
 
     keep_books(dsn, work)
 
@@ -152,7 +166,7 @@ def test_the_keeper_that_works_tells_and_the_one_that_stands_by_does_not(dsn: st
 
 async def look(watch: KeeperWatch, books: Books) -> None:
     async with books.connection.acquire() as connection:
-        await watch.look(connection)
+        await watch.look(connection, interval_s=INTERVAL_S)
 
 
 def test_what_was_read_long_ago_is_not_told(dsn: str) -> None:
@@ -164,10 +178,10 @@ def test_what_was_read_long_ago_is_not_told(dsn: str) -> None:
         await look(watch, books)
         assert len(told(meter, names.BUDGET_LIMIT)) == 1
         await books.budget("other", 1000)
-        now_s += keeper_watch.LOOK_INTERVAL_S / 2
+        now_s += INTERVAL_S / 2
         await look(watch, books)
         assert len(told(meter, names.BUDGET_LIMIT)) == 1, "it is not looked at all the time"
-        now_s += keeper_watch.LOOK_INTERVAL_S
+        now_s += INTERVAL_S
         await look(watch, books)
         assert len(told(meter, names.BUDGET_LIMIT)) == 2
         now_s += keeper_watch.STALE_S

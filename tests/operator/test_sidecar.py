@@ -221,3 +221,11 @@ def test_a_review_of_a_pod_that_cannot_have_one_is_refused_with_a_message_for_pe
 def test_what_is_no_review_is_an_error_and_never_an_allowance(document: Any) -> None:
     with pytest.raises(ReviewError):
         review(document, TEMPLATE)
+
+
+def test_what_the_collector_wants_to_see_is_read_from_the_pods_own_namespace_and_may_be_missing() -> None:
+    template = Template(image="behest", telemetry_headers_secret="collector", telemetry_headers_key="headers")
+    (sidecar,) = injected(pod(), template)["spec"]["initContainers"]
+    (found,) = [item for item in sidecar["env"] if item["name"] == "OTEL_EXPORTER_OTLP_HEADERS"]
+    assert found["valueFrom"] == {"secretKeyRef": {"name": "collector", "key": "headers", "optional": True}}
+    assert template.hash != Template(image="behest").hash

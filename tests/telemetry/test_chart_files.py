@@ -15,8 +15,8 @@ from behest_ledger.telemetry.names import INSTRUMENTS
 
 CHART = Path(__file__).resolve().parents[2] / "deploy" / "helm" / "behest"
 BOARDS = {path.stem: json.loads(path.read_text()) for path in sorted((CHART / "dashboards").glob("*.json"))}
-ALERTS: dict[str, str] = {
-    rule["alert"]: rule["expr"]
+RULES: dict[str, str] = {
+    rule.get("alert") or rule["record"]: rule["expr"]
     for group in yaml.safe_load((CHART / "alerts" / "behest.yaml").read_text())["groups"]
     for rule in group["rules"]
 }
@@ -53,7 +53,8 @@ def test_a_dashboard_names_its_sources_by_variables_and_its_panels_do_not_overla
 def test_the_rules_use_only_metrics_labels_and_outcomes_that_there_are() -> None:
     known = {item.series_name for item in INSTRUMENTS}
     attributes = {attribute.replace(".", "_") for item in INSTRUMENTS for attribute in item.attributes}
-    for alert, expression in ALERTS.items():
-        assert set(re.findall(r"\b(?:behest|gen_ai)_\w+", expression)) <= known | attributes, alert
+    for rule, expression in RULES.items():
+        assert set(re.findall(r"\b(?:behest|gen_ai)_\w+", expression)) <= known | attributes, rule
         for values in re.findall(r'behest_outcome=~?"([^"]*)"', expression):
-            assert set(values.split("|")) <= set(Outcome), alert
+            assert set(values.split("|")) <= set(Outcome), rule
+        assert set(re.findall(r"behest:[\w:]+", expression)) <= set(RULES), rule

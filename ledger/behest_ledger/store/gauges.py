@@ -19,14 +19,15 @@ _BUDGETS = """
 SELECT b.tenant_id, b.budget_id, b.unit, coalesce(w.limit_amount, b.limit_amount)::float8 AS limit_amount,
        coalesce(w.spent, 0)::float8 AS spent, coalesce(w.held, 0)::float8 AS held,
        coalesce(w.free, b.limit_amount)::float8 AS remaining, coalesce(w.exhausted, 0) AS exhausted,
-       extract(epoch FROM coalesce(w.ends_at, c.ends_at))::float8 AS resets_at_s,
+       extract(epoch FROM CASE WHEN w.period IS NULL THEN c.ends_at WHEN w.first_end = w.ends_at THEN w.ends_at
+               END)::float8 AS resets_at_s,
        extract(epoch FROM coalesce(w.period, c.ends_at - c.starts_at))::float8 AS period_s
 FROM (SELECT * FROM ledger.budget WHERE deleted_at IS NULL AND name NOT LIKE 'tier:%'
       ORDER BY tenant_id, budget_id LIMIT $1) AS b
 LEFT JOIN LATERAL (
     SELECT sum(n.limit_amount) AS limit_amount, sum(n.spent) AS spent, sum(n.held + n.suspense) AS held,
            sum(n.limit_amount - n.spent - n.held - n.suspense) AS free, max(n.ends_at) AS ends_at,
-           max(n.ends_at - n.starts_at) AS period,
+           min(n.ends_at) AS first_end, max(n.ends_at - n.starts_at) AS period,
            count(*) FILTER (WHERE n.ceiling IS NOT NULL
                -- As `spare_amount` of configuration/status.py has it.
                AND n.limit_amount - n.spent - n.held - n.suspense < greatest(1, CASE n.unit

@@ -28,7 +28,7 @@ import msgspec
 from behest_ledger.configuration.status import shown_amount
 from behest_ledger.money import usd_from_pico
 from behest_ledger.store.errors import LedgerConflictError, LedgerError, LedgerRefusedError, mapped
-from behest_ledger.store.keeper_watch import KeeperWatch
+from behest_ledger.store.keeper_watch import ROUNDS_A_LOOK, KeeperWatch
 from behest_ledger.store.migrate import PARTITIONS_AHEAD_MONTHS, check_schema
 from behest_ledger.store.pool import Connection, connect
 from behest_ledger.store.retention import MONTH_TIMEOUT_S, RETENTION_MONTHS, put_old_months_away
@@ -200,7 +200,7 @@ class Keeper:
             added = await self._add_up(connection, sealed)
             threads_deleted = await self._forget_threads(connection)
             if self._watch is not None:
-                await self._watch.look(connection)
+                await self._watch.look(connection, interval_s=ROUNDS_A_LOOK * self._interval_s)
         return KeeperReport(
             working=True,
             fenced=fenced,

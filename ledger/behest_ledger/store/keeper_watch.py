@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LOOK_INTERVAL_S = 15.0
+ROUNDS_A_LOOK = 3
+"""Between two looks; a round is 5 s."""
 LOOK_TIMEOUT_S = 5.0
 REST_FACTOR = 20
 """The database rests for so many times as long as a look took."""
@@ -90,7 +91,7 @@ class KeeperWatch:
         """Everything that could be sealed is; the oldest transaction that could not be is so old (0: there is none)."""
         self._sealed_until_s = self._clock_s() - oldest_s
 
-    async def look(self, connection: Connection) -> None:
+    async def look(self, connection: Connection, *, interval_s: float) -> None:
         """Read how the books stand, where it is time to. One that takes too long is given up, and is no failure."""
         begun_s = self._clock_s()
         if begun_s < self._look_due_s:
@@ -107,7 +108,7 @@ class KeeperWatch:
             return
         self._told_slow = False
         self._books = books
-        rest_s = max(LOOK_INTERVAL_S, REST_FACTOR * (self._clock_s() - begun_s))
+        rest_s = max(interval_s, REST_FACTOR * (self._clock_s() - begun_s))
         self._look_due_s = begun_s + rest_s
         self._good_until_s = begun_s + max(STALE_S, 3 * rest_s)
 

@@ -316,7 +316,7 @@ BUDGET_PERIOD = _gauge(
 BUDGET_RESETS = _gauge(
     "behest.budget.resets_at",
     "s",
-    "When the last of its current windows ends, as Unix time; absent where none does.",
+    "When its current windows end, as Unix time; absent where none does, or each at a time of its own.",
     OF_BUDGET,
     "keeper",
 )

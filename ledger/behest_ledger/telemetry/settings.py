@@ -24,7 +24,7 @@ VARIABLES: dict[str, str] = {
     "OTEL_TRACES_SAMPLER": "which traces that begin here are told of (default: `parentbased_always_on`)",
     "OTEL_TRACES_SAMPLER_ARG": "its argument, such as `0.01` for `parentbased_traceidratio`",
     "OTEL_BSP_SCHEDULE_DELAY": "milliseconds between two pushes of spans (default: 5000); as the rest of `OTEL_BSP_*`",
-    "OTEL_SERVICE_NAME": "`service.name` (default: `behest`)",
+    "OTEL_SERVICE_NAME": "`service.name` (default: `behest`, or `behest-operator`, `behest-webhook`, `behest-keeper`)",
     "OTEL_RESOURCE_ATTRIBUTES": "what else describes this process, such as `k8s.pod.name=...`, with commas between",
     "OTEL_SDK_DISABLED": "`true`: nothing is pushed",
 }

@@ -66,6 +66,31 @@ capabilities: {drop: [ALL]}
 {{ include "behest.name" . }}-webhook-{{ eq .Values.webhook.certificates.from "operator" | ternary "tls" "certificate" }}
 {{- end -}}
 
+{{/* OpenTelemetry's variables of a container of ours. */}}
+{{- define "behest.telemetry" -}}
+{{- range $variable, $value := .Values.telemetry.environment }}
+- {name: {{ $variable }}, value: {{ $value | quote }}}
+{{- end }}
+{{- with .Values.telemetry.headers }}
+{{- if .secretName }}
+- name: OTEL_EXPORTER_OTLP_HEADERS
+  valueFrom: {secretKeyRef: {name: {{ .secretName | quote }}, key: {{ .secretKey | quote }}, optional: true}}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* From where metrics may be asked for. */}}
+{{- define "behest.prometheus" -}}
+{{- with .Values.networkPolicies.prometheusNamespaces -}}
+from:
+  - namespaceSelector:
+      matchExpressions:
+        - {key: kubernetes.io/metadata.name, operator: In, values: {{ toJson . }}}
+{{- else -}}
+from: [{namespaceSelector: {}}]
+{{- end -}}
+{{- end -}}
+
 {{- define "behest.pullSecrets" -}}
 {{- with .Values.image.pullSecrets -}}
 imagePullSecrets:
@@ -118,6 +143,9 @@ affinity: {{- toYaml . | nindent 2 }}
 {{- fail "webhook.certificates.from: there is no webhook to certify: set webhook.enabled, or leave it at operator" -}}
 {{- else if .Values.sidecar.defaultProject -}}
 {{- fail "sidecar.defaultProject: nobody adds sidecars: set webhook.enabled, or leave it empty" -}}
+{{- end -}}
+{{- if and .Values.telemetry.headers.secretName (hasKey .Values.telemetry.environment "OTEL_EXPORTER_OTLP_HEADERS") -}}
+{{- fail "telemetry: the headers stand in headers.secretName or in environment.OTEL_EXPORTER_OTLP_HEADERS, not in both" -}}
 {{- end -}}
 {{- with .Values.gateway -}}
 {{- if .enabled -}}
