@@ -33,7 +33,7 @@ from behest_ledger.store.verify import Verdict, verify
 from behest_proxy.cli.preflight import free_port
 from behest_proxy.identity.keys import SigningKey
 
-_BEHEST = [sys.executable, "-I", "-m", "behest_proxy.cli.main"]
+BEHEST = [sys.executable, "-I", "-m", "behest_proxy.cli.main"]
 _CHEAP_HASHER = PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)
 _numbers = count(1)
 
@@ -147,7 +147,7 @@ class Stack:
             **settings,
         }
         assert "BEHEST_JOURNAL_DIR" not in environment, "two sidecars do not share a journal"
-        with process([*_BEHEST, "proxy"], environment=environment, log=self.log.with_name("another.log")):
+        with process([*BEHEST, "proxy"], environment=environment, log=self.log.with_name("another.log")):
 
             def is_up() -> bool:
                 try:
@@ -295,7 +295,7 @@ def running_stack(dsn: str, folder: Path, *, recordings: Path | None = None, **s
     key_file.write_bytes(key.private_pem())
     key_file.chmod(0o600)
     port_file = folder / "sim.port"
-    sim_arguments = [*_BEHEST, "sim", "--port", "0", "--port-file", str(port_file)]
+    sim_arguments = [*BEHEST, "sim", "--port", "0", "--port-file", str(port_file)]
     if recordings is not None:
         sim_arguments += ["--recordings", str(recordings)]
     port, admin_port = free_port(0), free_port(0)
@@ -316,7 +316,7 @@ def running_stack(dsn: str, folder: Path, *, recordings: Path | None = None, **s
         admin_url = f"http://127.0.0.1:{admin_port}"
 
         def start_sidecar() -> subprocess.Popen[bytes]:
-            sidecar = processes.enter_context(process([*_BEHEST, "proxy"], environment=environment, log=log))
+            sidecar = processes.enter_context(process([*BEHEST, "proxy"], environment=environment, log=log))
 
             def is_up() -> bool:
                 if sidecar.poll() is not None:

@@ -59,12 +59,17 @@ class Prometheus:
 
 
 @contextmanager
-def prometheus(folder: Path, jobs: dict[str, list[str]]) -> Generator[Prometheus]:
-    """A Prometheus that scrapes these targets (`host:port`), by job, twice a second."""
+def prometheus(folder: Path, jobs: dict[str, list[str]], *rules: Path) -> Generator[Prometheus]:
+    """A Prometheus that scrapes these targets (`host:port`), by job, twice a second, and goes by these rules."""
     port, folder = free_port(0), folder / "prometheus"
     folder.mkdir()
     configuration: dict[str, Any] = {
-        "global": {"scrape_interval": f"{round(SCRAPE_S * 1000)}ms", "scrape_timeout": f"{round(SCRAPE_S * 1000)}ms"},
+        "global": {
+            "scrape_interval": f"{round(SCRAPE_S * 1000)}ms",
+            "scrape_timeout": f"{round(SCRAPE_S * 1000)}ms",
+            "evaluation_interval": f"{round(SCRAPE_S * 1000)}ms",
+        },
+        "rule_files": [str(path) for path in rules],
         "scrape_configs": [
             {"job_name": job, "static_configs": [{"targets": targets}]} for job, targets in jobs.items()
         ],

@@ -12,7 +12,7 @@ import pytest
 
 from behest_ledger.store.pool import connect
 from conftest import Server
-from finops.traffic import GRANTS, LOGIN, MODELS, TEAMS, Seen, traffic
+from finops.traffic import GRANTS, LOGIN, MODELS, RECONCILED, REVIEWED, TEAMS, Seen, traffic
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "telemetry.md"
 FOLDER = Path(__file__).resolve().parents[2] / "deploy" / "helm" / "behest" / "dashboards"
@@ -180,6 +180,44 @@ def value_is(number: float) -> Callable[[Seen, Rows], None]:
     return check
 
 
+def of_windows(seen: Seen, value: str) -> dict[str, float]:
+    """A value of each Budget's current windows, by its name; amounts are in whatever it counts."""
+    of = "FROM ledger.budget_window WHERE ends_at > now() AND starts_at <= now()"
+    sql = f"SELECT json_object_agg(k, v)::text FROM (SELECT budget_id AS k, {value} AS v {of} GROUP BY 1) AS g"
+    return {name: float(number) for name, number in json.loads(seen.ledger(sql)).items()}
+
+
+def budgets_are(value: str, tolerance: float = 1e-9) -> Callable[[Seen, Rows], None]:
+    def check(seen: Seen, rows: Rows) -> None:
+        found = by(rows, "behest_budget")
+        expected = of_windows(seen, value)
+        assert {name.partition("/")[2] for name in expected} == {"sessions", "poor", "hourly"}
+        assert {name: found[name] for name in expected} == pytest.approx(expected, rel=tolerance)
+
+    return check
+
+
+def burning(seen: Seen, rows: Rows) -> None:
+    """Of windows of an hour the last hour is all: what is spent of the limit. Of a day's, 24 times that at most."""
+    found = by(rows, "behest_budget")
+    expected = of_windows(seen, "sum(spent) / sum(limit_amount)")
+    for name, share in expected.items():
+        if name.endswith("/hourly"):
+            assert found[name] == pytest.approx(share, rel=1e-9)
+
+
+def one_round_a_time(_: Seen, rows: Rows) -> None:
+    ((result, number),) = by(rows, "behest_result").items()
+    assert (result, 1 < number < 6) == ("worked", True), "every 0.2 s, if the machine has the time"
+
+
+def came(label: str, value: str, number: int) -> Callable[[Seen, Rows], None]:
+    def check(seen: Seen, rows: Rows) -> None:
+        is_increase(seen, by(rows, label), {value: number}, seconds(seen))
+
+    return check
+
+
 MODEL = {"label": "gen_ai_request_model"}
 CHECKS: dict[str, Callable[[Seen, Rows], None]] = {
     "finops: Spent A": number_is(f"SELECT {USD}{ALL}", "usd"),
@@ -195,6 +233,17 @@ CHECKS: dict[str, Callable[[Seen, Rows], None]] = {
     "finops: Models A": models,
     "finops: Top sessions A": sessions,
     "finops: Budgets A": budgets,
+    "finops: Used of each Budget A": budgets_are("sum(spent) / sum(limit_amount)"),
+    "finops: Used of each Budget B": budgets_are("sum(spent + held) / sum(limit_amount)"),
+    "finops: Forecast for the end of their windows A": budgets_are(
+        "sum(spent) / sum(limit_amount) / greatest(0.01, 1 - extract(epoch FROM max(ends_at) - now())"
+        " / extract(epoch FROM max(ends_at - starts_at)))",
+        tolerance=0.01,
+    ),
+    "finops: Burn rate of Budgets A": burning,
+    "finops: Subjects that can spend no more A": budgets_are(
+        "count(*) FILTER (WHERE limit_amount - spent - held < limit_amount / 1000)"
+    ),
     "operations: Running now A": value_is(1),
     "operations: Wait for the ledger A": value_is(0),
     "operations: Oldest of them A": value_is(0),
@@ -214,6 +263,15 @@ CHECKS: dict[str, Callable[[Seen, Rows], None]] = {
     "operations: Items in a call to the ledger A": within(
         0.999, 200, "admit", "settle", label="behest_ledger_operation"
     ),
+    "operations: Rounds of the keeper a second A": one_round_a_time,
+    "operations: Lag of the books A": within(-1, 90),
+    "operations: Lag of the books B": value_is(0),
+    "operations: Sidecars and what they left A": value_is(1),
+    "operations: Sidecars and what they left B": value_is(0),
+    "operations: Resources into the ledger a second A": came("behest_kind", "Budget", RECONCILED),
+    "operations: Pods looked at a second A": came("behest_result", "injected", REVIEWED),
+    "operations: Answer of the webhook A": within(0, 5),
+    "operations: Left of the webhook's certificate A": within(80 * 86400, 90 * 86400),
 }
 
 

@@ -2,20 +2,27 @@
 
 import asyncio
 import os
+import ssl
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import httpx
 
+from behest_ledger.telemetry.meter import Meter
+from behest_ledger.telemetry.prometheus import serve_metrics
+from behest_operator.certificates import renewed
+from behest_operator.watch import OperatorWatch
+from behest_proxy.cli.preflight import free_port
 from conftest import Server, execute, own_database
 from finops.prometheus import SCRAPE_S, Prometheus, prometheus
 from readers import Reader
-from stack import Project, Stack, running_stack, wait_until
+from stack import BEHEST, Project, Stack, process, running_stack, wait_until
 
 TEAMS = {"search": "cc-7", "ads": "cc-9"}
 MODELS = ("gpt-4o-mini", "gpt-4o")
@@ -43,6 +50,20 @@ spec:
   limit: {{amount: "0.0000001", currency: USD}}
   window: {{period: Day}}
 """
+
+HOURLY = """
+apiVersion: behest.ai/v1alpha1
+kind: Budget
+metadata: {{name: hourly, namespace: {namespace}}}
+spec:
+  scope: {{project: app}}
+  limit: {{requests: 1000}}
+  window: {{period: Hour}}
+"""
+RULES = Path(__file__).resolve().parents[2] / "deploy" / "helm" / "behest" / "alerts" / "behest.yaml"
+POD = {"metadata": {"labels": {"behest.ai/inject": "true"}, "annotations": {"behest.ai/project": "shop"}},
+       "spec": {"containers": [{"name": "app", "image": "app"}]}}  # fmt: skip
+REVIEWED, RECONCILED = 3, 4
 
 
 @dataclass
@@ -113,12 +134,70 @@ def settle(seen: Seen, number: int) -> None:
 
 
 @contextmanager
+def keeper(dsn: str, folder: Path) -> Generator[str]:
+    """One that tells of itself: its address."""
+    address = f"127.0.0.1:{free_port(0)}"
+    arguments = [*BEHEST, "ledger", "keep", "--interval", "0.2", "--metrics", address, "--database-url", dsn]
+    with process(arguments, environment={}, log=folder / "keeper.log"):
+        yield address
+
+
+@contextmanager
+def webhook(folder: Path) -> Generator[tuple[str, Callable[[], None]]]:
+    """One that tells of itself: the address of its metrics, and how to let it look at a pod."""
+    address, probes = f"127.0.0.1:{free_port(0)}", f"127.0.0.1:{free_port(0)}"
+    certificates = renewed(None, names=["localhost"], now=datetime.now(UTC))
+    (folder / "tls.crt").write_bytes(certificates.leaf)
+    (folder / "tls.key").write_bytes(certificates.leaf_key)
+    (folder / "template.json").write_text('{"image": "behest"}')
+    environment = {
+        "BEHEST_INJECTION_TEMPLATE": str(folder / "template.json"),
+        "BEHEST_WEBHOOK_TLS_DIR": str(folder),
+        "BEHEST_WEBHOOK_BIND": address,
+        "BEHEST_WEBHOOK_PROBE_BIND": probes,
+    }
+    trusted = ssl.create_default_context(cadata=certificates.ca_bundle.decode())
+    request = {"uid": "1", "kind": {"kind": "Pod"}, "namespace": "demo", "object": POD}
+    review = {"apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview", "request": request}
+
+    def look() -> None:
+        url = f"https://localhost:{address.rpartition(':')[2]}/inject"
+        assert httpx.post(url, json=review, verify=trusted).json()["response"]["patch"]
+
+    with process([*BEHEST, "webhook"], environment=environment, log=folder / "webhook.log"):
+        yield probes, look
+
+
+@contextmanager
+def operator() -> Generator[tuple[str, OperatorWatch]]:
+    """An operator's instruments at an address; what it does itself needs a cluster."""
+    meter, address = Meter(), f"127.0.0.1:{free_port(0)}"
+    end = serve_metrics(meter, address)
+    try:
+        yield address, OperatorWatch(meter)
+    finally:
+        end()
+
+
+@contextmanager
 def traffic(template: Server, folder: Path) -> Generator[Seen]:
     """A round of requests, so that every series is there, and then the ones that count; one goes on meanwhile."""
     with (
         own_database(template, "dashboards") as dsn,
         running_stack(dsn, folder) as stack,
-        prometheus(folder, {"behest": [urlsplit(stack.admin_url).netloc]}) as running,
+        keeper(dsn, folder) as kept_at,
+        webhook(folder) as (reviewed_at, look),
+        operator() as (operated_at, operated),
+        prometheus(
+            folder,
+            {
+                "behest": [urlsplit(stack.admin_url).netloc],
+                "keeper": [kept_at],
+                "webhook": [reviewed_at],
+                "operator": [operated_at],
+            },
+            RULES,
+        ) as running,
     ):
         asyncio.run(execute(dsn, *GRANTS))
         parts = urlsplit(dsn)
@@ -128,14 +207,21 @@ def traffic(template: Server, folder: Path) -> Generator[Seen]:
             for team, center in TEAMS.items()
         }
         stack.apply("---".join(POOR.format(namespace=project.namespace) for project in projects.values()))
+        stack.apply(HOURLY.format(namespace=projects["ads"].namespace))
         seen = Seen(stack, running, projects, login)
         try:
             for team in TEAMS:
                 round_of(projects[team], "first", 1)
+            look()
+            operated.reconciled("Budget", "accepted", 0.01)
             settle(seen, 4 * len(TEAMS))
             seen.since_s = time.time()
             for times, team in enumerate(TEAMS, start=2):
                 round_of(projects[team], f"session-{team}", times)
+            for _ in range(REVIEWED):
+                look()
+            for _ in range(RECONCILED):
+                operated.reconciled("Budget", "accepted", 0.01)
             long = Reader(
                 stack.base_url, projects["ads"].mint(session="long"), output_tokens=400, chunk_interval_ms=200
             )
