@@ -216,6 +216,8 @@ def traffic(template: Server, folder: Path) -> Generator[Seen]:
             operated.reconciled("Budget", "accepted", 0.01)
             settle(seen, 4 * len(TEAMS))
             seen.since_s = time.time()
+            # What comes before the first sample in the window would be lost to `increase`.
+            wait_until(lambda: running.number("min(timestamp(up))") > seen.since_s, what="a sample before what counts")
             for times, team in enumerate(TEAMS, start=2):
                 round_of(projects[team], f"session-{team}", times)
             for _ in range(REVIEWED):
