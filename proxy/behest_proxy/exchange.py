@@ -202,18 +202,32 @@ class Exchange:
             return [Begin()]
         return []
 
+    def passes(self, read: bytes) -> int:
+        """Pay for a read that goes on as it came; returns its events. 0: it is one for `upstream_data`.
+
+        The shortest way of a chunk, and that of nearly each. Who carries it out then looks at `runs_low`.
+        """
+        if self.phase is not Phase.STREAMING or self._pending or self._upstream_over is not None:
+            return 0
+        texts = self._likeness.texts_of(read) if self._framer.is_between_events else None
+        if texts is None:
+            return 0
+        count = self._terms.count
+        if not self._meter.pay(count(texts[0]) if len(texts) == 1 else sum(map(count, texts))):
+            return 0
+        self._chunks += len(texts)
+        return len(texts)
+
     def upstream_data(self, data: bytes, now_s: float) -> list[Action]:
         """Body bytes of one read: the way of a chunk."""
-        phase = self.phase
-        if phase is Phase.STREAMING and self._framer.is_between_events and not self._pending:
-            texts = self._likeness.texts_of(data)
-            if texts is not None and self._upstream_over is None and (actions := self._walk_alike(texts, data)):
-                return actions
-        if phase is Phase.REFUSED:
+        events = self.passes(data)
+        if events:
+            return [Write(data, events), *(self.ask_ahead() if self.runs_low else ())]
+        if self.phase is Phase.REFUSED:
             room = provider_errors.ERROR_BODY_BYTES_MAX - len(self._error_body)
             self._error_body += data[:room]
             return self._refused_by_provider(now_s) if len(data) > room else []
-        if (phase is not Phase.STREAMING and phase is not Phase.LINGERING) or self._upstream_over is not None:
+        if self.phase not in (Phase.STREAMING, Phase.LINGERING) or self._upstream_over is not None:
             return []
         self._first_byte = True
         try:
@@ -333,18 +347,8 @@ class Exchange:
             missing = self._missing_for(self._pending[0])
             return [*actions, Pause(), *self._ask(missing, is_short=True)]
         if self._meter.runs_low and self.phase is Phase.STREAMING and self._upstream_over is None:
-            actions += self._ask_ahead()
+            actions += self.ask_ahead()
         return actions
-
-    def _walk_alike(self, texts: list[str], read: bytes) -> list[Action] | None:
-        """The walk of a read that needs no parsing: handed over as it came. None: the credit is too short for it."""
-        count = self._terms.count
-        tokens = count(texts[0]) if len(texts) == 1 else sum(map(count, texts))
-        if not self._meter.pay(tokens):
-            return None
-        self._chunks += len(texts)
-        write = Write(read, len(texts))
-        return [write, *self._ask_ahead()] if self._meter.runs_low else [write]
 
     def _walk_pending(self, now_s: float) -> list[Action]:
         """Walk over what waited, and go on where it is through."""
@@ -450,7 +454,12 @@ class Exchange:
             return self._end(Outcome.UPSTREAM_ERROR, now_s, UpstreamError("the provider's answer is too large"))
         return [Keep(data_events(payloads), len(payloads))] if self._terms.kept else []
 
-    def _ask_ahead(self) -> list[Action]:
+    @property
+    def runs_low(self) -> bool:
+        """Half of the last tranche is used: `ask_ahead`."""
+        return self._meter.runs_low
+
+    def ask_ahead(self) -> list[Action]:
         """Half of the tranche is used: ask for the next one, while the stream goes on."""
         return [] if self._asked is not None or self._early_ask_refused else self._ask(1, is_short=False)
 
@@ -572,18 +581,11 @@ class Exchange:
             since = TokenCounts(
                 output=meter.output - self._counted_at_usage[0], reasoning=meter.reasoning - self._counted_at_usage[1]
             )
-        hidden = 0
-        if self._terms.hidden_tokens_per_second and self._request_sent_s is not None:
-            elapsed_s = max(0.0, now_s - self._request_sent_s)
-            hidden = max(
-                0,
-                min(
-                    meter.credit_tokens - meter.counted_tokens,
-                    int(elapsed_s * self._terms.hidden_tokens_per_second),
-                ),
-            )
+        sent_s = self._request_sent_s
+        room = meter.credit_tokens - meter.counted_tokens
+        hidden = 0 if sent_s is None else self._terms.hidden_tokens(now_s - sent_s, room_tokens=room)
         return Evidence(
-            request_sent=self._request_sent_s is not None,
+            request_sent=sent_s is not None,
             first_byte=self._first_byte,
             counted=counted,
             provider=self._usage.counts if self._usage.seen else None,

@@ -28,6 +28,7 @@ from behest_proxy.exchange import Exchange
 from behest_proxy.holding import HoldPlan, limit_for, plan
 from behest_proxy.terms import Terms
 from behest_proxy.upstream import UpstreamRequest
+from behest_proxy.upstream.moderation import Moderation
 from ledger.books import TENANT
 from simulation.client import Client
 from simulation.database import Database, Pool
@@ -120,6 +121,7 @@ class SimulatedGateway(Gateway):
             clock_s=process.boot_time_s,
             new_id=process.world.new_id,
         )
+        self.moderation = Moderation()
         self.upstream: Any = Upstream(process, asked)
         self.configuration: Any = _Configuration()
         self.api_keys: Any = _Nothing()

@@ -219,13 +219,14 @@ class Conduct:
             self.on_data(data)
             self._report.handed_over()
             return
-        actions = exchange.upstream_data(data, now_s)
-        self._trace.store(*exchange.forwarded)  # before the client gets it: what was sent is never uncounted
-        for action in actions:
-            if isinstance(action, Write):
-                self._write(action, now_s)
-            else:
-                self._perform([action])
+        events = exchange.passes(data)
+        if events:
+            self._trace.store(*exchange.forwarded)  # before the client gets it: what was sent is never uncounted
+            self._write(data, events, now_s)
+            if exchange.runs_low:
+                self._perform(exchange.ask_ahead())
+            return
+        self._perform(exchange.upstream_data(data, now_s))
 
     def on_end(self) -> None:
         """See `UpstreamHandler`."""
@@ -249,8 +250,8 @@ class Conduct:
             self._trace.store(*self._exchange.forwarded)
         for action in actions:
             match action:
-                case Write():
-                    self._write(action, self._loop.time())
+                case Write(data, events):
+                    self._write(data, events, self._loop.time())
                 case Keep(data, events):
                     if self._generation is not None:
                         self._generation.add(data, events)
@@ -298,12 +299,12 @@ class Conduct:
         self._last_write_s = self._loop.time()
         self._timer = self._loop.call_later(self._gateway.settings.keep_alive_s, self._keep_alive)
 
-    def _write(self, action: Write, now_s: float) -> None:
+    def _write(self, data: bytes, events: int, now_s: float) -> None:
         self._last_write_s = now_s
         if self._generation is None:
-            self._client.write(action.data)
+            self._client.write(data)
         else:
-            self._generation.add(action.data, action.events)
+            self._generation.add(data, events)
         if self._client.paused and not self._client_paused:
             self._client_paused = True
             self._stall_timer = self._loop.call_later(self._gateway.settings.client_stall_s, self._on_stall)

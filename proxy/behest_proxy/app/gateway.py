@@ -56,6 +56,7 @@ from behest_proxy.identity.tokens import ISSUERS, TokenVerifier
 from behest_proxy.refusals import shown
 from behest_proxy.tokens import warm
 from behest_proxy.upstream import UpstreamClient
+from behest_proxy.upstream.moderation import Moderation
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,8 @@ class Gateway:
             ttl_s=settings.holder_ttl_s,
         )
         self.signing_keys = SigningKeys(settings.signing_key_file.read_bytes())
-        self.upstream = UpstreamClient()
+        self.moderation = Moderation(settings.moderation_ms / 1000)
+        self.upstream = UpstreamClient(moderation=self.moderation)
         self.configuration = Configuration(version=0)
         self.issuer_keys = IssuerKeys(lambda url: fetch_keys(self.upstream, url))
         self.verifier = TokenVerifier(
@@ -227,11 +229,14 @@ class Gateway:
         if self._ledger_is_silent:
             raise LedgerUnavailableError("the ledger was not heard of for some time")
         asked_s = time.monotonic()
+        self.moderation.urgent += 1
         try:
             async with asyncio.timeout(LEDGER_SILENCE_S):
                 answer = await self.admissions.admit(admission)
         except TimeoutError:
             raise LedgerUnavailableError("the ledger gave no answer in time") from None
+        finally:
+            self.moderation.urgent -= 1
         self.telemetry.admission_latency.record((), time.monotonic() - asked_s)
         self.leasing.answered(admission.tenant_id, answer)
         return answer

@@ -10,6 +10,7 @@ from behest_proxy.identity.addresses import networks_in
 from behest_proxy.identity.workload import Workload, labels_from
 
 HOLDER_TTL_MIN_S = 3.0
+MODERATION_MAX_MS = 20.0
 
 
 class SettingsError(ValueError):
@@ -74,6 +75,9 @@ class Settings:
     """After so long without a chunk the client gets a comment, so that nothing in between gives up."""
     client_stall_s: float = 60.0
     """A client that reads nothing for so long is cut."""
+    moderation_ms: float = 4.0
+    """While many streams speak at once, what providers say is taken up so many milliseconds apart, all of it together:
+    a wake-up costs more than a chunk. Single streams never wait. 0: never; at most 20."""
     drain_s: float = 2.0
     """After SIGTERM live streams may go on for so long; then they end with `draining`."""
     holder_ttl_s: float = 120.0
@@ -126,6 +130,8 @@ def from_environment(environment: Mapping[str, str] | None = None) -> Settings:
         raise SettingsError("BEHEST_TLS_CERT_FILE and BEHEST_TLS_KEY_FILE belong together: set both or none")
     if given.get("holder_ttl_s", HOLDER_TTL_MIN_S) < HOLDER_TTL_MIN_S:
         raise SettingsError(f"BEHEST_HOLDER_TTL_S must be at least {HOLDER_TTL_MIN_S:g}: it is renewed each second")
+    if not 0 <= given.get("moderation_ms", 0) <= MODERATION_MAX_MS:
+        raise SettingsError(f"BEHEST_MODERATION_MS must be a number from 0 to {MODERATION_MAX_MS:g}")
     if given.get("address_rate", 0) < 0:
         raise SettingsError("BEHEST_ADDRESS_RATE must be a number from 0")
     try:

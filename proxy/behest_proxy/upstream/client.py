@@ -8,6 +8,7 @@ from typing import Literal
 from behest_proxy.upstream.call import UpstreamCall, UpstreamHandler, UpstreamRequest
 from behest_proxy.upstream.connector import Connector, TlsContextFactory, default_tls_context
 from behest_proxy.upstream.live_call import LiveCall
+from behest_proxy.upstream.moderation import Moderation
 from behest_proxy.upstream.pool import Pool
 from behest_proxy.upstream.prepared import Origin, prepare
 from behest_proxy.upstream.proxies import Proxies
@@ -30,6 +31,7 @@ class UpstreamClient:
         idle_connections_per_origin_max: int = 64,
         multiplexed_connections_per_origin_max: int = 32,
         idle_connection_timeout_s: float = 60.0,
+        moderation: Moderation | None = None,
     ) -> None:
         """`environment` names the proxies; None means `os.environ`, read now. Raises ValueError for a bad one.
 
@@ -45,6 +47,7 @@ class UpstreamClient:
         self._multiplexed_connections_max = multiplexed_connections_per_origin_max
         self._idle_timeout_s = idle_connection_timeout_s
         self._pools: dict[tuple[Origin, Literal["auto", "http1", "http2"]], Pool] = {}
+        self._moderation = moderation if moderation is not None else Moderation()
         self._closed = False
 
     def send(self, request: UpstreamRequest, handler: UpstreamHandler) -> UpstreamCall:
@@ -53,6 +56,7 @@ class UpstreamClient:
         Raises ValueError for a request that must not reach a wire (CR or LF in a header, a relative URL ...).
         """
         prepared = prepare(request)
+        self._moderation.watch()
         call = LiveCall(prepared, handler, loop=asyncio.get_running_loop(), requeue=self._submit)
         self._submit(call)
         return call
@@ -85,6 +89,7 @@ class UpstreamClient:
                 idle_connections_max=self._idle_connections_max,
                 multiplexed_connections_max=self._multiplexed_connections_max,
                 idle_timeout_s=self._idle_timeout_s,
+                moderation=self._moderation,
                 on_empty=self._forget,
             )
         pool.submit(call)

@@ -13,6 +13,7 @@ from behest_proxy.upstream.bodies import BodyReader, ChunkedReader, CloseReader,
 from behest_proxy.upstream.call import FailureKind
 from behest_proxy.upstream.connector import Connected
 from behest_proxy.upstream.live_call import LiveCall
+from behest_proxy.upstream.moderation import Moderation
 
 _HEAD_BYTES_MAX = 64 * 1024
 _SENT_CHECK_S = 0.01
@@ -34,9 +35,12 @@ class Http1Owner(Protocol):
 class Http1Connection(asyncio.Protocol):
     """Carries one call at a time."""
 
-    def __init__(self, connected: Connected, owner: Http1Owner, *, idle_timeout_s: float) -> None:
+    def __init__(
+        self, connected: Connected, owner: Http1Owner, *, idle_timeout_s: float, moderation: Moderation
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._owner = owner
+        self._moderation = moderation
         self._transport = connected.transport
         self._raw = connected.raw
         self._proxy = connected.absolute_form_proxy
@@ -143,6 +147,10 @@ class Http1Connection(asyncio.Protocol):
             return
         if payload:
             call.data(payload)
+            moderation = self._moderation
+            moderation.reads += 1
+            if moderation.may_hold:
+                moderation.hold()
         if self._body.complete and self._call is call:
             self._finish(call)
 

@@ -40,6 +40,7 @@ from behest_proxy.upstream.http2_settings import (
     new_h2_state,
 )
 from behest_proxy.upstream.live_call import LiveCall
+from behest_proxy.upstream.moderation import Moderation
 from behest_proxy.upstream.stream import Stream
 
 _PING_AFTER_S = 5.0
@@ -62,9 +63,12 @@ class Http2Owner(Protocol):
 class Http2Connection(asyncio.Protocol):
     """Carries up to `STREAMS_MAX` calls, or as many as its peer allows."""
 
-    def __init__(self, connected: Connected, owner: Http2Owner, *, idle_timeout_s: float) -> None:
+    def __init__(
+        self, connected: Connected, owner: Http2Owner, *, idle_timeout_s: float, moderation: Moderation
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._owner = owner
+        self._moderation = moderation
         self._transport = connected.transport
         self._origin = ""
         self._idle_timeout_s = idle_timeout_s
@@ -376,6 +380,9 @@ class Http2Connection(asyncio.Protocol):
         self._touched = []
         for stream in touched:
             self._deliver(stream)
+        self._moderation.reads += len(touched)
+        if self._moderation.may_hold:
+            self._moderation.hold()
 
     def _deliver(self, stream: Stream) -> None:
         if stream.parts:

@@ -14,6 +14,7 @@ from behest_proxy.upstream.connector import Connected, ConnectFailed, Connector
 from behest_proxy.upstream.http1 import Http1Connection
 from behest_proxy.upstream.http2 import Http2Connection
 from behest_proxy.upstream.live_call import LiveCall
+from behest_proxy.upstream.moderation import Moderation
 from behest_proxy.upstream.prepared import Origin
 
 _LOG = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class Pool:
         idle_connections_max: int,
         multiplexed_connections_max: int,
         idle_timeout_s: float,
+        moderation: Moderation,
         on_empty: Callable[["Pool"], None],
     ) -> None:
         self.key: Final = (origin, protocol)
@@ -47,6 +49,7 @@ class Pool:
         self._idle_connections_max = idle_connections_max
         self._multiplexed_connections_max = multiplexed_connections_max
         self._idle_timeout_s = idle_timeout_s
+        self._moderation = moderation
         self._on_empty = on_empty
         self._loop = asyncio.get_running_loop()
         self._speaks: Literal["http1", "http2"] | None = None if protocol == "auto" else protocol
@@ -208,13 +211,15 @@ class Pool:
         self._opening.pop(self._current_task(), None)
         self._speaks = connected.wire
         if connected.wire == "http1":
-            single = Http1Connection(connected, self, idle_timeout_s=self._idle_timeout_s)
+            single = Http1Connection(connected, self, idle_timeout_s=self._idle_timeout_s, moderation=self._moderation)
             self._http1.add(single)
             if connected.early:
                 single.data_received(connected.early)
             self.released(single)
         else:
-            multiplexed = Http2Connection(connected, self, idle_timeout_s=self._idle_timeout_s)
+            multiplexed = Http2Connection(
+                connected, self, idle_timeout_s=self._idle_timeout_s, moderation=self._moderation
+            )
             self._http2[multiplexed] = None
             if connected.early:
                 multiplexed.data_received(connected.early)

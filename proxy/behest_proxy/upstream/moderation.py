@@ -1,0 +1,67 @@
+"""Interrupt moderation for reads: while many streams speak at once, their chunks are taken up together.
+
+A chunk that comes alone costs a wake-up of the process, a `read`, a `write` and cold caches: several times what is done
+for it. Network cards have had the same problem for decades, and hold an interrupt back for some microseconds until
+more packets have come. Here the event loop's thread sleeps for a few milliseconds before it asks the kernel again; what
+has come meanwhile is served in one turn, and all of it that goes to one HTTP/2 client leaves in one write.
+
+Nobody waits where nothing is gained: not while chunks are few, and not while a request waits for the ledger.
+"""
+
+import asyncio
+import time
+
+PERIOD_S = 0.1
+"""How often it is looked at how busy the streams are."""
+TOGETHER_MIN = 4
+"""Reads that must be expected within one interval before anybody waits for them."""
+
+
+class Moderation:
+    """Holds the loop's next turn back until `interval_s` after the one before. It belongs to one event loop."""
+
+    __slots__ = ("_interval_s", "_is_busy", "_is_watching", "_turn_s", "may_hold", "reads", "urgent")
+
+    def __init__(self, interval_s: float = 0.0) -> None:
+        """0: nothing is ever held back."""
+        self._interval_s = interval_s
+        self.reads = 0
+        """Reads that streams had since it was last looked at. Whoever reads counts it up and looks at `may_hold`."""
+        self.may_hold = False
+        """The streams are busy, and this turn is not held back yet: `hold` is to be called."""
+        self.urgent = 0
+        """So much is under way for which a millisecond counts: meanwhile nothing is held back."""
+        self._is_busy = False
+        self._is_watching = False
+        self._turn_s = 0.0
+
+    def watch(self) -> None:
+        """A stream begins: look how busy they are, until none says anything any more."""
+        if not self._is_watching and self._interval_s:
+            self._is_watching = True
+            asyncio.get_running_loop().call_later(PERIOD_S, self._look)
+
+    def hold(self) -> None:
+        """Sleep when what was read in this turn of the loop has left."""
+        self.may_hold = False
+        loop = asyncio.get_running_loop()
+        # In the next turn frames that wait for each other go to their transports, and behind it out of the process.
+        loop.call_soon(loop.call_soon, self._sleep)
+
+    def _sleep(self) -> None:
+        now_s = time.monotonic()
+        until_s = self._turn_s + self._interval_s
+        if now_s < until_s and not self.urgent:
+            time.sleep(until_s - now_s)  # the loop's own thread, on purpose
+            now_s = until_s
+        self._turn_s = now_s
+        self.may_hold = self._is_busy
+
+    def _look(self) -> None:
+        was_busy, self._is_busy = self._is_busy, self.reads * self._interval_s >= TOGETHER_MIN * PERIOD_S
+        if was_busy != self._is_busy:
+            self.may_hold = self._is_busy
+        self._is_watching = self.reads > 0
+        if self._is_watching:
+            self.reads = 0
+            asyncio.get_running_loop().call_later(PERIOD_S, self._look)
