@@ -435,3 +435,19 @@ def test_the_record_of_requests_is_served_and_cleared(protocol: str) -> None:
         assert (await client.get("/sim/requests")).json() == []
 
     serve(test, protocol=protocol)
+
+
+def test_what_is_set_for_all_holds_where_a_request_does_not_ask_otherwise() -> None:
+    async def test(sim: SimServer, client: httpx.AsyncClient) -> None:
+        assert (await client.put("/sim/behaviour", json={"output_tokens": 2, "no_done": True})).status_code == 200
+        plain = await client.post("/v1/chat/completions", json={"model": "gpt-4o", "messages": MESSAGES})
+        assert plain.json()["usage"]["completion_tokens"] == 2
+        asked = payloads((await ask(client, {"output_tokens": 3})).text)
+        assert sum('"content":' in payload for payload in asked[1:]) == 3
+        assert asked[-1] != "[DONE]"
+        refused = await client.put("/sim/behaviour", json={"unknown": 1})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "sim.unknown")
+        assert (await client.put("/sim/behaviour", content=b"")).status_code == 200
+        assert payloads((await ask(client)).text)[-1] == "[DONE]"
+
+    serve(test)

@@ -17,7 +17,8 @@ An OpenAI-compatible provider for tests and benchmarks. It speaks HTTP/1.1 and H
 one port and says simulated text whose token counts are true. GET /sim/requests tells for each request what was
 sent and when it was cancelled; DELETE /sim/requests forgets them.
 
-The member `sim` of a chat-completions body, or the header `x-sim` with the same JSON, asks for a behaviour:
+The member `sim` of a chat-completions body, or the header `x-sim` with the same JSON, asks for a behaviour; PUT
+/sim/behaviour sets what is done where neither does:
 """
 
 

@@ -124,14 +124,16 @@ class Behaviour(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return tuple((how, chunks) for how, chunks in named if chunks is not None)
 
 
-def parse_behaviour(*, header: bytes | None, body: msgspec.Raw) -> Behaviour:
+def parse_behaviour(*, header: bytes | None, body: msgspec.Raw, otherwise: bytes | None = None) -> Behaviour:
     """The behaviour that a request asks for; a member of the body wins over the same one of the header.
+
+    Members that neither names are those of `otherwise`, a JSON object like theirs.
 
     Raises `Refusal` (400) naming the member where one is unknown or has no such value.
     """
     try:
         members: dict[str, msgspec.Raw] = {}
-        for source in (header, bytes(body)):
+        for source in (otherwise, header, bytes(body)):
             if source:
                 members.update(msgspec.json.decode(source, type=dict[str, msgspec.Raw] | None) or {})
         return msgspec.json.decode(msgspec.json.encode(members), type=Behaviour) if members else _DEFAULT

@@ -83,7 +83,9 @@ class ChatRequest(msgspec.Struct, frozen=True):
         return names[call % len(names)] if names else "simulated_tool"
 
 
-def parse_chat_request(body: bytes, *, sim_header: bytes | None = None) -> tuple[ChatRequest, Behaviour]:
+def parse_chat_request(
+    body: bytes, *, sim_header: bytes | None = None, otherwise: bytes | None = None
+) -> tuple[ChatRequest, Behaviour]:
     """The request and the behaviour that it asks for.
 
     Raises `Refusal` (400) where a member has no such value; `param` names it.
@@ -98,7 +100,7 @@ def parse_chat_request(body: bytes, *, sim_header: bytes | None = None) -> tuple
         # OpenAI refuses this too, so a gateway that turns streaming off has to take the options out.
         message = "The 'stream_options' parameter is only allowed when 'stream' is enabled."
         raise Refusal(400, message, param="stream_options")
-    return request, parse_behaviour(header=sim_header, body=request.sim)
+    return request, parse_behaviour(header=sim_header, body=request.sim, otherwise=otherwise)
 
 
 def _member_at_fault(message: str) -> str | None:

@@ -18,6 +18,7 @@ from behest_proxy.sim.answers import (
     chat_answer,
     simple_answer,
 )
+from behest_proxy.sim.behaviour import parse_behaviour
 from behest_proxy.sim.chat_request import count_prompt_tokens, parse_chat_request
 from behest_proxy.sim.records import RequestLog, RequestRecord, bounded_body
 from behest_proxy.sim.refusal import Refusal, error_envelope
@@ -54,6 +55,8 @@ class Routes:
     def __init__(self, *, recordings: Path | None = None) -> None:
         self.requests = RequestLog()
         self._recordings = recordings
+        self._otherwise = b""
+        """What requests get that do not ask otherwise; a JSON object like `sim`."""
 
     def answer(self, request: IncomingRequest) -> tuple[Iterator[Step], RequestRecord | None]:
         """The steps of the answer, and the record to be kept of them. Never raises."""
@@ -90,11 +93,18 @@ class Routes:
         if path == "/sim/requests":
             _allow(request, "GET", "DELETE")
             return self._own_record(request, query)
+        if path == "/sim/behaviour":
+            _allow(request, "PUT")
+            parse_behaviour(header=None, body=msgspec.Raw(request.body))
+            self._otherwise = request.body
+            return simple_answer(200, request.body or b"{}")
         raise Refusal(404, f"There is no {path!r} here.")
 
     def _chat(self, request: IncomingRequest, record: RequestRecord) -> Iterator[Step]:
         record.body = bounded_body(request.body)
-        chat, behaviour = parse_chat_request(request.body, sim_header=request.header(b"x-sim"))
+        chat, behaviour = parse_chat_request(
+            request.body, sim_header=request.header(b"x-sim"), otherwise=self._otherwise
+        )
         record.model = chat.model
         record.prompt_tokens = count_prompt_tokens(chat.messages)
         context = AnswerContext(
