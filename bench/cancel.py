@@ -10,27 +10,38 @@ import time
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from typing import Literal, cast
 from urllib.parse import urlsplit
 
+from bench.answers import BrokenAnswer
 from h2.config import H2Configuration
 from h2.connection import H2Connection
 from h2.errors import ErrorCodes
-from h2.events import DataReceived, ResponseReceived
+from h2.events import DataReceived
 
 Wire = Literal["h2", "h1"]
 WIRES: tuple[Wire, ...] = ("h2", "h1")
 STREAMS = 200
 AT_ONCE = 20
 CHUNKS_BEFORE = 5
-_BODY = json.dumps(
-    {
-        "model": "gpt-4o-mini",
-        "stream": True,
-        "messages": [{"role": "user", "content": "Say something that takes a while."}],
-        "sim": {"output_tokens": 100_000, "chunk_interval_ms": 20},
-    }
-).encode()
+_LATE_S, _LATE_TRIES = 0.5, 20
+"""For those who are slow to tell the provider."""
+PACE = {"output_tokens": 100_000, "tokens_per_chunk": 1, "chunk_interval_ms": 20}
+_numbers = count(1)
+
+
+def _body(user: str) -> bytes:
+    """What is asked for; the simulator remembers who asked."""
+    return json.dumps(
+        {
+            "model": "gpt-4o-mini",
+            "stream": True,
+            "messages": [{"role": "user", "content": "Say something that takes a while."}],
+            "user": user,
+            "sim": PACE,
+        }
+    ).encode()
 
 
 @dataclass(frozen=True)
@@ -55,11 +66,10 @@ class Latencies:
 class _Http2(asyncio.Protocol):
     """One stream on a connection of its own, reset after some events."""
 
-    def __init__(self, authority: str, token: str) -> None:
-        self._authority, self._token = authority, token
+    def __init__(self, authority: str, token: str, body: bytes) -> None:
+        self._authority, self._token, self._body = authority, token, body
         self._h2 = H2Connection(H2Configuration(client_side=True))
-        self.done: asyncio.Future[tuple[str, int]] = asyncio.get_running_loop().create_future()
-        self._request_id = ""
+        self.done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._events = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -75,21 +85,18 @@ class _Http2(asyncio.Protocol):
             ("content-type", "application/json"),
         ]
         self._h2.send_headers(1, headers)
-        self._h2.send_data(1, _BODY, end_stream=True)
+        self._h2.send_data(1, self._body, end_stream=True)
         self._transport.write(self._h2.data_to_send())
 
     def data_received(self, data: bytes) -> None:
         """Read some events, then reset."""
         for event in self._h2.receive_data(data):
-            if isinstance(event, ResponseReceived):
-                found = dict(event.headers or [])
-                self._request_id = found[b"x-request-id"].decode()
-            elif isinstance(event, DataReceived):
+            if isinstance(event, DataReceived):
                 self._h2.acknowledge_received_data(event.flow_controlled_length or 0, 1)
                 self._events += (event.data or b"").count(b"data: ")
         if self._events >= CHUNKS_BEFORE and not self.done.done():
             self._h2.reset_stream(1, ErrorCodes.CANCEL)
-            self.done.set_result((self._request_id, time.monotonic_ns()))
+            self.done.set_result(time.monotonic_ns())
         self._transport.write(self._h2.data_to_send())
 
     def close(self) -> None:
@@ -100,9 +107,9 @@ class _Http2(asyncio.Protocol):
 class _Http1(asyncio.Protocol):
     """One stream on a connection of its own, closed after some events."""
 
-    def __init__(self, authority: str, token: str) -> None:
-        self._authority, self._token = authority, token
-        self.done: asyncio.Future[tuple[str, int]] = asyncio.get_running_loop().create_future()
+    def __init__(self, authority: str, token: str, body: bytes) -> None:
+        self._authority, self._token, self._body = authority, token, body
+        self.done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._read = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -110,55 +117,61 @@ class _Http1(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)
         self._transport.write(
             f"POST /v1/chat/completions HTTP/1.1\r\nhost: {self._authority}\r\nauthorization: Bearer {self._token}\r\n"
-            f"content-type: application/json\r\ncontent-length: {len(_BODY)}\r\n\r\n".encode()
-            + _BODY
+            f"content-type: application/json\r\ncontent-length: {len(self._body)}\r\n\r\n".encode()
+            + self._body
         )
 
     def data_received(self, data: bytes) -> None:
         """Read some events, then close."""
         self._read += data
         if self._read.count(b"data: ") >= CHUNKS_BEFORE and not self.done.done():
-            _, _, after = self._read.lower().partition(b"x-request-id: ")
             self._transport.abort()
-            self.done.set_result((after[:36].decode(), time.monotonic_ns()))
+            self.done.set_result(time.monotonic_ns())
 
     def close(self) -> None:
         """It is closed."""
 
 
-async def leave(wire: Wire, base_url: str, token: str) -> _Http1 | _Http2:
+async def leave(wire: Wire, base_url: str, token: str, *, user: str = "bench") -> _Http1 | _Http2:
     """Begin a stream and reset it after some events; its connection is the caller's to close."""
     address = urlsplit(base_url)
     made = _Http2 if wire == "h2" else _Http1
     _, client = await asyncio.get_running_loop().create_connection(
-        lambda: made(address.netloc, token), address.hostname or "", address.port or 80
+        lambda: made(address.netloc, token, _body(user)), address.hostname or "", address.port or 80
     )
     await client.done
     return client
 
 
-async def measure(wire: Wire, base_url: str, upstream_url: str, token: str, say: Callable[[str], None]) -> Latencies:
-    """Reset `STREAMS` streams, `AT_ONCE` at a time, and ask the simulator when it saw each."""
+async def measure(
+    wire: Wire, base_url: str, upstream_url: str, token: str, say: Callable[[str], None], *, streams: int = STREAMS
+) -> Latencies:
+    """Reset so many streams, `AT_ONCE` at a time, and ask the simulator when it saw each."""
     stamps: dict[str, int] = {}
-    say(f"cancel-{wire}: {STREAMS} streams, {AT_ONCE} at a time")
+    say(f"cancel-{wire}: {streams} streams, {AT_ONCE} at a time")
 
     async def one() -> None:
-        client = await leave(wire, base_url, token)
-        request_id, at_ns = await client.done
-        stamps[request_id] = at_ns
+        user = f"leaves-{next(_numbers)}"
+        client = await leave(wire, base_url, token, user=user)
+        stamps[user] = await client.done
         await asyncio.sleep(0.2)
         client.close()
 
-    for _ in range(STREAMS // AT_ONCE):
+    for _ in range(max(1, streams // AT_ONCE)):
         await asyncio.gather(*(one() for _ in range(AT_ONCE)))
-    seen = await asyncio.to_thread(_seen, upstream_url)
-    missing = [request_id for request_id in stamps if seen.get(request_id) is None]
+    seen: dict[str, int | None] = {}
+    for _ in range(_LATE_TRIES):
+        seen = await asyncio.to_thread(_seen, upstream_url)
+        if all(seen.get(user) is not None for user in stamps):
+            break
+        await asyncio.sleep(_LATE_S)
+    missing = [user for user in stamps if seen.get(user) is None]
     if missing:
-        raise RuntimeError(f"the provider never saw the cancel of {len(missing)} streams")
-    return Latencies(wire, sorted((cast("int", seen[key]) - at_ns) / 1e6 for key, at_ns in stamps.items()))
+        raise BrokenAnswer(f"the provider never saw the cancel of {len(missing)} streams of {len(stamps)}")
+    return Latencies(wire, sorted((cast("int", seen[user]) - at_ns) / 1e6 for user, at_ns in stamps.items()))
 
 
 def _seen(upstream_url: str) -> dict[str, int | None]:
     url = upstream_url.rstrip("/").removesuffix("/v1") + "/sim/requests?limit=10000"
     with urllib.request.urlopen(url) as answer:
-        return {row["id"]: row["cancelled_monotonic_ns"] for row in json.load(answer)}
+        return {(row["body"] or {}).get("user", ""): row["cancelled_monotonic_ns"] for row in json.load(answer)}

@@ -7,8 +7,9 @@ answers are played; what a longer answer costs more is the cost of its chunks, w
 """
 
 import asyncio
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -34,8 +35,8 @@ class Case:
 
     @property
     def name(self) -> str:
-        """`chunk-h2-20`."""
-        return f"chunk-{self.wire}-{self.streams}"
+        """`chunk-h2-20`; without a pace `chunk-h2-20-bursts`."""
+        return f"chunk-{self.wire}-{self.streams}" + ("" if self.interval_ms else "-bursts")
 
 
 CASES = [
@@ -88,6 +89,11 @@ class Result:
         return _slope_us(self.spent["short"], self.spent["long"])
 
     @property
+    def median_us(self) -> float:
+        """The slope of the turn in the middle."""
+        return statistics.median(self.slopes_us)
+
+    @property
     def per_request_ms(self) -> float:
         """The intercept."""
         short = self.spent["short"]
@@ -112,10 +118,19 @@ def _slope_us(short: Spent, long: Spent) -> float:
 class Bench:
     """The processes under measurement, and what they use when nobody asks anything of them."""
 
-    def __init__(self, peers: list[Peer], *, simulator_pid: int, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        peers: list[Peer],
+        *,
+        simulator_pid: int,
+        say: Callable[[str], None],
+        announce: Callable[[Wave], Awaitable[None]] | None = None,
+    ) -> None:
+        """`announce` is told of each wave before it is played."""
         self._peers = peers
         self._simulator_pid = simulator_pid
         self._say = say
+        self._announce = announce
         self._idle_share: dict[str, float] = {}
 
     async def rest(self) -> None:
@@ -126,20 +141,23 @@ class Bench:
         self._idle_share = {peer.name: (cpu_s(peer.pid) - before[peer.name]) / _IDLE_S for peer in self._peers}
         self._say("  " + ", ".join(f"{name} {share:.2%} of a core" for name, share in self._idle_share.items()))
 
-    async def run(self, case: Case, effort: Effort) -> dict[str, Result]:
-        """Play a case's waves in turns."""
-        results = {peer.name: Result() for peer in self._peers}
+    async def run(self, case: Case, effort: Effort, peers: list[Peer] | None = None) -> dict[str, Result]:
+        """Play a case's waves in turns, for all peers if none are named."""
+        peers = self._peers if peers is None else peers
+        results = {peer.name: Result() for peer in peers}
         waves: dict[Length, Wave] = {
             "short": _wave(case, responses=effort.short_responses, chunks=effort.short_chunks),
             "long": _wave(case, responses=1, chunks=effort.long_chunks),
         }
         warm = _wave(case, responses=1, chunks=20)
-        for peer in self._peers:
+        for peer in peers:
+            if self._announce is not None:
+                await self._announce(warm)
             await play(warm, peer.base_url, peer.tokens)
         for turn in range(effort.turns):
-            spent: dict[str, dict[Length, Spent]] = {peer.name: {} for peer in self._peers}
+            spent: dict[str, dict[Length, Spent]] = {peer.name: {} for peer in peers}
             for length, wave in waves.items():
-                for peer in self._peers:
+                for peer in peers:
                     self._say(
                         f"{case.name}: turn {turn + 1} of {effort.turns}, {peer.name}, {wave.requests} answers"
                         f" of {wave.chunks} chunks, {wave.expected_s:.0f} s"
@@ -155,6 +173,8 @@ class Bench:
         return results
 
     async def _measured(self, peer: Peer, wave: Wave, result: Result) -> Spent:
+        if self._announce is not None:
+            await self._announce(wave)
         postgres = snapshot(descendants(peer.parent_pid, "postgres") if peer.parent_pid else [])
         started_s, machine = time.monotonic(), MachineUse.now()
         proxy_s, simulator_s = cpu_s(peer.pid), cpu_s(self._simulator_pid)

@@ -1,19 +1,22 @@
 """The command line of the bench."""
 
 import argparse
+import asyncio
 import os
 import platform
+import shlex
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from importlib.metadata import version
 from pathlib import Path
 
 import uvloop
-from bench import books, cancel, chunk, identity, ledger, telemetry, through, usage
+from bench import books, cancel, chunk, field, field_page, identity, ledger, telemetry, through, usage
 from bench.answers import BrokenAnswer
+from bench.gateways import gateways
 from bench.peers import Peer, PeerError, behest, envoy, envoy_version, simulator
 
 _DESCRIPTION = """\
@@ -29,6 +32,9 @@ figures:
           and through the sidecar statements a stream and the time from the kill switch to the last chunk.
   usage   questions about usage over a million requests, in a PostgreSQL of its own.
   identity  verifying tokens, and 200 mints a second beside 50 streams.
+  field   Behest against every gateway that can be installed here (Envoy, ferrogw, LiteLLM): CPU per chunk, added
+          latency, memory, aborts, whole answers. Written to docs/field.md. With --quick only printed, in under three
+          minutes (installing the others takes one more, once). With --thorough five turns: an hour.
   telemetry  CPU that metrics, spans and log lines add to a request; to a chunk they add nothing.
 """
 _EPILOG = """\
@@ -39,6 +45,8 @@ examples:
   make bench ARGS=ledger                           the ledger alone, 3 minutes
   make bench ARGS=usage                            usage over a million requests, 3 minutes
   make bench ARGS=identity                         tokens, under a minute
+  make bench ARGS=field                            all that can be installed, 20 minutes; see docs/field.md
+  make bench ARGS="field --quick --gateway envoy --gateway behest"
   make bench ARGS=telemetry                        what a request's telemetry costs, seconds
   make bench ARGS="chunk --thorough"               1,000-chunk answers and three turns, 15 minutes
 
@@ -84,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         "figure",
         nargs="?",
         default="all",
-        choices=["all", "chunk", "cancel", "ledger", "usage", "identity", "telemetry"],
+        choices=["all", "chunk", "cancel", "field", "ledger", "usage", "identity", "telemetry"],
         help="what to measure (default: all)",
     )
     effort = parser.add_mutually_exclusive_group()
@@ -93,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--case", action="append", choices=[case.name for case in chunk.CASES], help="only this case (repeatable)"
     )
+    parser.add_argument("--gateway", action="append", help="of `field`: only this one (repeatable)")
     return parser
 
 
@@ -108,6 +117,8 @@ def _figures(arguments: argparse.Namespace, folder: Path, say: Callable[[str], N
         for line in telemetry.measure():
             print(line)
         return 0
+    if arguments.figure == "field":
+        return _field(arguments, folder, say)
     if arguments.figure == "ledger" or (arguments.figure == "all" and not arguments.quick):
         _ledger(folder / "ledger", say)
     if arguments.figure == "usage" or (arguments.figure == "all" and not arguments.quick):
@@ -141,6 +152,31 @@ def _figures(arguments: argparse.Namespace, folder: Path, say: Callable[[str], N
     for line in chunk.lines(results):
         print(line)
     return 0
+
+
+def _field(arguments: argparse.Namespace, folder: Path, say: Callable[[str], None]) -> int:
+    taking_part, missing = gateways(say, arguments.gateway)
+    wanted = field.plan(quick=arguments.quick, turns=5 if arguments.thorough else 1)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+
+        def run(work: Awaitable[None]) -> None:
+            async def awaited() -> None:
+                await work
+
+            runner.run(awaited())
+
+        before = os.getloadavg()[0]
+        figures = field.measure(folder, taking_part, missing, wanted, run, say)
+    command = "make bench ARGS=" + shlex.quote(" ".join(sys.argv[1:]))
+    load = f"Load of the machine: {before:.1f} before, {os.getloadavg()[0]:.1f} at the end, this run's own included."
+    text = field_page.page(figures, command=command, machine=_machine(), load=load)
+    print("\n" + text)
+    if not arguments.quick and not arguments.gateway:
+        docs = Path(__file__).resolve().parent.parent / "docs"
+        (docs / field_page.PAGE).write_text(text, encoding="utf-8")
+        (docs / field_page.PICTURE).write_text(field_page.picture(figures), encoding="utf-8")
+        say(f"written: docs/{field_page.PAGE}, docs/{field_page.PICTURE}")
+    return 1 if figures.faults else 0
 
 
 def _ledger(folder: Path, say: Callable[[str], None]) -> None:

@@ -20,15 +20,23 @@ class H1Client(asyncio.Protocol):
         """Keep the transport."""
         self._transport = cast("asyncio.Transport", transport)
 
-    def request(self, authority: str, path: str, headers: list[tuple[str, str]], body: bytes) -> Answer:
-        """Send a POST."""
+    def request(
+        self,
+        authority: str,
+        path: str,
+        headers: list[tuple[str, str]],
+        body: bytes,
+        *,
+        answer: Answer | None = None,
+    ) -> Answer:
+        """Send a POST. `answer`: one that watches for more than most do."""
         lines = [f"POST {path} HTTP/1.1", f"host: {authority}", f"content-length: {len(body)}"]
         lines += [f"{name}: {value}" for name, value in headers]
         self._transport.write("\r\n".join([*lines, "", ""]).encode() + body)
-        self._answer = Answer()
+        self._answer = answer = answer or Answer()
         self._body = None
         self._head = b""
-        return self._answer
+        return answer
 
     def data_received(self, data: bytes) -> None:
         """The head, then the chunked body."""

@@ -3,10 +3,12 @@
 import asyncio
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import urlsplit
 
+from bench.answers import Answer
 from bench.h1_client import H1Client
 from bench.h2_client import H2Client
 
@@ -52,20 +54,28 @@ class Played:
     client_cpu_s: float
 
 
-def body_of(wave: Wave) -> bytes:
+def body_of(wave: Wave, **more: int) -> bytes:
     """The request: the provider simulator is told how much to say, and how fast."""
     request = {
         "model": MODEL,
         "stream": True,
         "stream_options": {"include_usage": True},
         "messages": [{"role": "user", "content": _PROMPT}],
-        "sim": {"output_tokens": wave.chunks, "tokens_per_chunk": 1, "chunk_interval_ms": wave.interval_ms},
+        "sim": {**pace_of(wave), **more},
     }
     return json.dumps(request).encode()
 
 
-async def play(wave: Wave, base_url: str, tokens: list[str]) -> Played:
-    """Send the load and wait for its end. Raises `BrokenAnswer` unless every answer came whole."""
+def pace_of(wave: Wave) -> dict[str, int]:
+    """What the simulator is told, in the request or beforehand."""
+    return {"output_tokens": wave.chunks, "tokens_per_chunk": 1, "chunk_interval_ms": wave.interval_ms}
+
+
+async def play(wave: Wave, base_url: str, tokens: list[str], *, watch: Callable[[], Answer] | None = None) -> Played:
+    """Send the load and wait for its end. `watch` makes the answers, where they are to watch for more than most do.
+
+    Raises `BrokenAnswer` unless every answer came whole.
+    """
     loop = asyncio.get_running_loop()
     address = urlsplit(base_url)
     host, port = address.hostname or "", address.port or 80
@@ -84,7 +94,8 @@ async def play(wave: Wave, base_url: str, tokens: list[str]) -> Played:
         headers = [("content-type", "application/json"), ("authorization", f"Bearer {tokens[number]}")]
         events = 0
         for _ in range(wave.responses):
-            answer = client.request(address.netloc, "/v1/chat/completions", headers, body)
+            seen = None if watch is None else watch()
+            answer = client.request(address.netloc, "/v1/chat/completions", headers, body, answer=seen)
             await answer.ended
             events += answer.check(wave.chunks)
         return events

@@ -9,15 +9,19 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
+from bench.load import Wire
+
 _READY_S = 90.0
 _STOP_S = 20.0
 _TYPES = "type.googleapis.com/envoy.extensions.filters."
+_ENVOY_LIMITS = ("max_connections", "max_pending_requests", "max_requests")
+"""Of a cluster: 1,024 otherwise, which a thousand streams and those before them come close to."""
 BEHEST = [sys.executable, "-P", "-m", "behest_proxy.cli.main"]
 
 
@@ -38,14 +42,16 @@ class Peer:
     """Whose descendants are its helpers, where it has any."""
     api_key: str = ""
     """What it mints tokens for, where it does."""
+    wires: tuple[Wire, ...] = ("h2", "h1")
+    """What clients may speak to it."""
 
 
 @contextlib.contextmanager
 def simulator(folder: Path) -> Generator[tuple[str, int]]:
     """The provider that both proxies have behind them: its base URL, and its process."""
     port_file = folder / "sim.port"
-    with _running([*BEHEST, "sim", "--port-file", str(port_file)], folder / "sim.log") as process:
-        _wait(process, folder / "sim.log", port_file.exists)
+    with running([*BEHEST, "sim", "--port-file", str(port_file)], folder / "sim.log") as process:
+        wait_for(process, folder / "sim.log", port_file.exists)
         yield f"http://127.0.0.1:{int(port_file.read_text(encoding='ascii'))}/v1", process.pid
 
 
@@ -57,8 +63,8 @@ def behest(folder: Path, upstream_url: str, *, tokens: int, database_url: str | 
     ready_file = folder / "ready.json"
     command = [*BEHEST, "up", "--data-dir", str(folder / "data"), "--port", "0", "--admin-port", "0"]
     command += ["--ready-file", str(ready_file), "--upstream", upstream_url]
-    with _running(command, folder / "behest.log", database_url=database_url) as process:
-        _wait(process, folder / "behest.log", ready_file.exists)
+    with running(command, folder / "behest.log", database_url=database_url) as process:
+        wait_for(process, folder / "behest.log", ready_file.exists)
         ready = json.loads(ready_file.read_text(encoding="utf-8"))
         minted = [mint(ready["base_url"], ready["api_key"], number) for number in range(tokens)]
         yield Peer("behest", ready["base_url"], ready["proxy_pid"], minted, ready["pid"], ready["api_key"])
@@ -67,12 +73,12 @@ def behest(folder: Path, upstream_url: str, *, tokens: int, database_url: str | 
 @contextlib.contextmanager
 def envoy(folder: Path, upstream_url: str, *, tokens: int) -> Generator[Peer]:
     """Envoy as a plain pass-through with one worker: no authentication, no metering, no log."""
-    port = _free_port()
+    port = free_port()
     configuration = folder / "envoy.json"
     configuration.write_text(json.dumps(_envoy_configuration(port, upstream_url)), encoding="utf-8")
     command = [str(_envoy_binary()), "-c", str(configuration), "--concurrency", "1", "--disable-hot-restart"]
-    with _running([*command, "-l", "error"], folder / "envoy.log") as process:
-        _wait(process, folder / "envoy.log", lambda: _listens(port))
+    with running([*command, "-l", "error"], folder / "envoy.log") as process:
+        wait_for(process, folder / "envoy.log", lambda: listens(port))
         yield Peer("envoy", f"http://127.0.0.1:{port}", process.pid, ["none"] * tokens)
 
 
@@ -123,6 +129,7 @@ def _envoy_configuration(port: int, upstream_url: str) -> dict[str, object]:
     cluster = {
         "name": "upstream",
         "type": "STATIC",
+        "circuit_breakers": {"thresholds": [dict.fromkeys(_ENVOY_LIMITS, 8192)]},
         "load_assignment": {"cluster_name": "upstream", "endpoints": [{"lb_endpoints": [endpoint]}]},
     }
     return {"static_resources": {"listeners": [listener], "clusters": [cluster]}}
@@ -142,8 +149,15 @@ def mint(base_url: str, api_key: str, number: int) -> str:
 
 
 @contextlib.contextmanager
-def _running(command: list[str], log: Path, *, database_url: str | None = None) -> Generator[subprocess.Popen[bytes]]:
-    environment = {**os.environ, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+def running(
+    command: list[str],
+    log: Path,
+    *,
+    database_url: str | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Generator[subprocess.Popen[bytes]]:
+    """A process that is gone when the block ends. `environment`: beside ours."""
+    environment = {**os.environ, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", **(environment or {})}
     environment.pop("DATABASE_URL", None)  # the bench makes its own database, and touches no other
     if database_url is not None:
         environment["DATABASE_URL"] = database_url
@@ -162,7 +176,8 @@ def _running(command: list[str], log: Path, *, database_url: str | None = None) 
                 process.wait()
 
 
-def _wait(process: "subprocess.Popen[bytes]", log: Path, ready: Callable[[], bool]) -> None:
+def wait_for(process: "subprocess.Popen[bytes]", log: Path, ready: Callable[[], bool]) -> None:
+    """Until it is ready. Raises `PeerError` where it ends before, or takes too long."""
     deadline_s = time.monotonic() + _READY_S
     while not ready():
         if process.poll() is not None or time.monotonic() > deadline_s:
@@ -171,12 +186,14 @@ def _wait(process: "subprocess.Popen[bytes]", log: Path, ready: Callable[[], boo
         time.sleep(0.02)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of loopback that nobody listens on."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         return int(taken.getsockname()[1])
 
 
-def _listens(port: int) -> bool:
+def listens(port: int) -> bool:
+    """Whether somebody accepts there."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
