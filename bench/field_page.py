@@ -127,7 +127,7 @@ def picture(figures: Figures) -> str:
             if (seen := figures.latencies.get((name, "h1"))) is not None
         }
         panels.append(("Time to the first byte, ms more than without a gateway (p50, HTTP/1.1)", added))
-    resets = {name: each.at(0.99) for name in names if (each := figures.aborts.get((name, "h1"))) is not None}
+    resets = {name: left.at(0.99) for name in names if (left := figures.aborts.get((name, "h1"))) is not None}
     panels.append(("From a client's reset to the provider, ms (p99, HTTP/1.1)", resets))
     open_kib = {name: each.stream_kib for name in names if (each := figures.footprints.get((name, "h1"))) is not None}
     panels.append(("Memory of an open stream, KiB (HTTP/1.1)", open_kib))

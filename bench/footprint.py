@@ -73,9 +73,7 @@ async def measure(wire: Wire, streams: int, peer: Peer, announce: Announce) -> F
 
 
 async def _open(wire: Wire, streams: int, peer: Peer) -> tuple[list[H1Client | H2Client], list[_OpenAnswer]]:
-    loop = asyncio.get_running_loop()
     address = urlsplit(peer.base_url)
-    made = H2Client if wire == "h2" else H1Client
     each = _STREAMS_A_CONNECTION if wire == "h2" else 1
     body = body_of(
         Wave(wire=wire, streams=1, connections=1, responses=1, chunks=2, interval_ms=0), stall_after_chunks=1
@@ -84,13 +82,20 @@ async def _open(wire: Wire, streams: int, peer: Peer) -> tuple[list[H1Client | H
     answers: list[_OpenAnswer] = []
     for number in range(streams):
         if number % each == 0:
-            clients.append((await loop.create_connection(made, address.hostname or "", address.port or 80))[1])
+            clients.append(await _connected(wire, address.hostname or "", address.port or 80))
         headers = [("content-type", "application/json"), ("authorization", f"Bearer {peer.tokens[number]}")]
         answers.append(_OpenAnswer())
         clients[-1].request(address.netloc, "/v1/chat/completions", headers, body, answer=answers[-1])
         if number % each == each - 1:
             await asyncio.sleep(0.01)
     return clients, answers
+
+
+async def _connected(wire: Wire, host: str, port: int) -> H1Client | H2Client:
+    loop = asyncio.get_running_loop()
+    if wire == "h2":
+        return (await loop.create_connection(H2Client, host, port))[1]
+    return (await loop.create_connection(H1Client, host, port))[1]
 
 
 def rss_kib(peer: Peer) -> int:

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import pytest
 
 import behest_proxy.app.settings as module
 from behest_proxy.app.settings import Settings, SettingsError, from_environment
+from behest_proxy.cli.proxy import edge_limits
+from behest_proxy.edge.limits import EdgeLimits
 
 REQUIRED = {"BEHEST_DATABASE_URL": "postgresql://localhost/behest", "BEHEST_SIGNING_KEY_FILE": "/keys/signing.pem"}
 NAMES = [field.name for field in fields(Settings)]
@@ -141,3 +144,29 @@ def test_the_database_url_may_come_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "url").write_text("postgresql://mounted/behest\n")
     environment = {**REQUIRED, "BEHEST_DATABASE_URL": "", "BEHEST_DATABASE_URL_FILE": str(tmp_path / "url")}
     assert from_environment(environment).database_url == "postgresql://mounted/behest"
+
+
+EDGE = [name for name in NAMES if name.startswith("edge_")]
+
+
+@pytest.mark.parametrize("name", EDGE)
+@pytest.mark.parametrize("text", ["0", "-1"])
+def test_a_limit_of_the_edge_that_would_let_nobody_in_is_refused(name: str, text: str) -> None:
+    with pytest.raises(SettingsError, match=f"{variable_of(name)} must be above 0"):
+        from_environment({**REQUIRED, variable_of(name): text})
+
+
+def test_each_limit_of_the_edge_is_one_of_its_limits() -> None:
+    given = {variable_of(name): str(1000 + number) for number, name in enumerate(EDGE)}
+    limits = edge_limits(from_environment({**REQUIRED, **given}))
+    assert set(range(1000, 1000 + len(EDGE))) <= set(vars(limits).values())
+    assert edge_limits(from_environment(REQUIRED)) == EdgeLimits()
+
+
+def test_each_limit_of_the_edge_is_documented_with_its_default(repository: Path) -> None:
+    page = (repository / "docs" / "behind-a-proxy.md").read_text()
+    shown = dict(re.findall(r"\| `(BEHEST_[A-Z_]+)`: [^|]+ \| (\d+) \|", page))
+    defaults = from_environment(REQUIRED)
+    assert shown.keys() >= {variable_of(name) for name in EDGE}
+    for variable, text in shown.items():
+        assert float(text) == getattr(defaults, variable.removeprefix("BEHEST_").lower()), variable

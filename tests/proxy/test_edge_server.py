@@ -368,3 +368,42 @@ def test_the_extension_is_absent_under_another_server() -> None:
 def test_limits_below_the_protocols_default_window_are_refused() -> None:
     with pytest.raises(ValueError):
         EdgeLimits(request_window_bytes=1000)
+
+
+@LOOPS
+def test_a_connection_too_many_is_closed_and_counted_and_leaves_the_others_alone(loop: str) -> None:
+    async def scenario() -> None:
+        refused: list[int] = []
+        limits = EdgeLimits(connections=2)
+        async with running(application(echo), limits=limits, on_refused=lambda: refused.append(1)) as server:
+            first = await asyncio.open_connection("127.0.0.1", server.port)
+            second = await asyncio.open_connection("127.0.0.1", server.port)
+            for reader, writer in (first, second):  # answered: both are on the books
+                writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+                assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 200")
+            for number in range(3):
+                reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+                with suppress(ConnectionResetError):
+                    assert await reader.read() == b""
+                writer.close()
+                assert len(refused) == number + 1
+            second[1].write(b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+            await second[0].read()
+            second[1].close()
+
+            async def is_served() -> bool:
+                reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+                try:
+                    writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+                    return (await reader.read(12)).startswith(b"HTTP/1.1 200")
+                except ConnectionResetError:
+                    return False
+                finally:
+                    writer.close()
+
+            async with asyncio.timeout(10):
+                while not await is_served():
+                    await asyncio.sleep(0.01)
+            first[1].close()
+
+    run(scenario(), loop=loop)

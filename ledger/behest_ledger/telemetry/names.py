@@ -286,6 +286,9 @@ STREAMS_ACTIVE = _gauge(
 JOURNAL_LAG = _gauge(
     "behest.ledger.journal_lag", "s", "How long the oldest settlement has waited for the ledger.", (), "sidecar"
 )
+CONNECTIONS_REFUSED = _counter(
+    "behest.connections.refused", "{connection}", "Client connections closed because there were too many.", ()
+)
 BACKLOG = _gauge("behest.ledger.backlog", "{request}", "Settlements that wait for the ledger.", (), "sidecar")
 
 BUDGET_LIMIT = _gauge(

@@ -71,6 +71,26 @@ class Settings:
     """A folder that survives a crash of the process: what the ledger has not acknowledged yet is kept there."""
     body_bytes_max: int = 10 * 1024 * 1024
     """The largest request body; above it is 413."""
+    edge_connections_max: int = 10_000
+    """Client connections at once; beyond, a new one is closed at once (metric `behest.connections.refused`). A
+    connection is a file descriptor, and so is each HTTP/1.1 connection to a provider: keep below `ulimit -n`."""
+    edge_streams_max: int = 1024
+    """Requests at once on an HTTP/2 connection; more are refused (REFUSED_STREAM: clients repeat them)."""
+    edge_resets_max: int = 1000
+    """Streams that a client may reset at once on an HTTP/2 connection, and a thirtieth of it each second in the long
+    run; beyond, the connection ends with ENHANCE_YOUR_CALM."""
+    edge_control_frames_max: int = 2000
+    """PING, SETTINGS, PRIORITY, CONTINUATION and next to empty DATA frames that may come at once on an HTTP/2
+    connection, and a tenth of it each second in the long run; beyond, the same."""
+    edge_header_bytes_max: int = 64 * 1024
+    """The largest head of a request: request line and headers; with HTTP/2 the header list."""
+    edge_idle_timeout_s: float = 75.0
+    """A connection without a request is closed after so long. Longer than that of the load balancer before us, which
+    would otherwise send a request into a closing connection."""
+    edge_head_timeout_s: float = 10.0
+    """From a request's first byte to its whole head (HTTP/1.1)."""
+    edge_body_timeout_s: float = 120.0
+    """From the beginning of a request's body to its end."""
     keep_alive_s: float = 15.0
     """After so long without a chunk the client gets a comment, so that nothing in between gives up."""
     client_stall_s: float = 60.0
@@ -134,6 +154,9 @@ def from_environment(environment: Mapping[str, str] | None = None) -> Settings:
         raise SettingsError(f"BEHEST_MODERATION_MS must be a number from 0 to {MODERATION_MAX_MS:g}")
     if given.get("address_rate", 0) < 0:
         raise SettingsError("BEHEST_ADDRESS_RATE must be a number from 0")
+    for name, number in given.items():
+        if name.startswith("edge_") and not number > 0:
+            raise SettingsError(f"BEHEST_{name.upper()} must be above 0, not {number:g}")
     try:
         networks_in(given.get("trusted_proxies", ""))
     except ValueError as error:

@@ -56,6 +56,7 @@ class Telemetry:
         self.overhead = histogram(names.OVERHEAD)
         self.cancel_latency = histogram(names.CANCEL_LATENCY)
         self.admission_latency = histogram(names.ADMISSION_LATENCY)
+        self.connections_refused = counter(names.CONNECTIONS_REFUSED)
         self._overrun = counter(names.OVERRUN)
         self._commit_latency = histogram(names.COMMIT_LATENCY)
         self._batch_size = histogram(names.BATCH_SIZE)

@@ -24,6 +24,7 @@ from behest_proxy.cli.terminal import UserError
 
 if TYPE_CHECKING:
     from behest_proxy.app.gateway import Gateway
+    from behest_proxy.edge.limits import EdgeLimits
 
 _STOP_S = 1.0
 """After the drain: for the last bytes of what was ended."""
@@ -82,6 +83,11 @@ async def _serve(settings: Settings, telemetry: TelemetrySettings) -> int:
         raise UserError(str(error), "look at BEHEST_DATABASE_URL and BEHEST_SIGNING_KEY_FILE") from None
     if gateway is None:
         return 0
+    limits = edge_limits(settings)
+
+    def on_refused() -> None:
+        gateway.telemetry.connections_refused.add(())
+
     tls = None
     if settings.tls_cert_file is not None and settings.tls_key_file is not None:
         tls = TlsFiles(certificate=settings.tls_cert_file, key=settings.tls_key_file)
@@ -91,6 +97,8 @@ async def _serve(settings: Settings, telemetry: TelemetrySettings) -> int:
                 client_app(gateway),
                 binds=[settings.bind],
                 tls=tls,
+                limits=limits,
+                on_refused=on_refused,
                 shutdown_trigger=asked_to_stop.wait,
                 graceful_timeout_s=settings.drain_s + _STOP_S,
             )
@@ -100,6 +108,8 @@ async def _serve(settings: Settings, telemetry: TelemetrySettings) -> int:
                 serve(
                     client_app(gateway, by_pod=True),
                     binds=[settings.pod_bind],
+                    limits=limits,
+                    on_refused=on_refused,
                     shutdown_trigger=asked_to_stop.wait,
                     graceful_timeout_s=settings.drain_s + _STOP_S,
                 )
@@ -118,6 +128,22 @@ async def _serve(settings: Settings, telemetry: TelemetrySettings) -> int:
         await gateway.drain()
         drained.set()
     return 0
+
+
+def edge_limits(settings: Settings) -> "EdgeLimits":
+    """What clients may do, as it was set."""
+    from behest_proxy.edge.limits import EdgeLimits
+
+    return EdgeLimits(
+        connections=settings.edge_connections_max,
+        concurrent_streams=settings.edge_streams_max,
+        resets=settings.edge_resets_max,
+        control_frames=settings.edge_control_frames_max,
+        header_list_bytes=settings.edge_header_bytes_max,
+        idle_timeout_s=settings.edge_idle_timeout_s,
+        head_timeout_s=settings.edge_head_timeout_s,
+        body_timeout_s=settings.edge_body_timeout_s,
+    )
 
 
 def _spare_what_stays() -> None:

@@ -1,10 +1,13 @@
 """What all connections of one edge share: the application, the limits, and the books of what is running."""
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from typing import Any, Protocol
 
 from behest_proxy.edge.limits import EdgeLimits
+
+log = logging.getLogger(__name__)
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -32,7 +35,14 @@ class Connection(Protocol):
 class EdgeHost:
     """The application and everything that is running for it. Confined to one event loop."""
 
-    def __init__(self, app: AsgiApplication, *, limits: EdgeLimits, state: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        app: AsgiApplication,
+        *,
+        limits: EdgeLimits,
+        state: dict[str, Any],
+        on_refused: Callable[[], None] | None = None,
+    ) -> None:
         self.app = app
         self.limits = limits
         self.state = state
@@ -40,7 +50,21 @@ class EdgeHost:
         self.draining = False
         self.connections: set[Connection] = set()
         self.tasks: set[asyncio.Task[None]] = set()
+        self._on_refused = on_refused
+        self._was_full = False
         self._changed = asyncio.Event()
+
+    def has_room(self) -> bool:
+        """Whether one more connection may come. Each that may not is counted, the first in a row is logged."""
+        if len(self.connections) < self.limits.connections:
+            self._was_full = False
+            return True
+        if not self._was_full:
+            self._was_full = True
+            log.warning("no room for more than %d connections: further ones are closed", self.limits.connections)
+        if self._on_refused is not None:
+            self._on_refused()
+        return False
 
     def add(self, connection: Connection) -> None:
         """Book a new connection. One that arrives while draining is drained at once."""

@@ -7,7 +7,11 @@ KIB = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class EdgeLimits:
-    """Limits of one listening edge. All are per connection or per stream; units are in the names."""
+    """Limits of one listening edge. But for the first all are per connection or per stream; units are in the names."""
+
+    connections: int = 10_000
+    """Connections of clients at once. One more is closed at once: whoever opens thousands must not take the descriptors
+    that the others need."""
 
     stream_buffer_bytes: int = 256 * KIB
     """Answer bytes kept for one stream whose client does not read. Beyond it the stream is cut."""

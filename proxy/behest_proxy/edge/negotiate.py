@@ -27,6 +27,9 @@ class Negotiation(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Under TLS all is known; otherwise wait for the first bytes."""
         self._transport = cast("asyncio.Transport", transport)
+        if not self._host.has_room():
+            self._transport.abort()
+            return
         tls: ssl.SSLObject | None = transport.get_extra_info("ssl_object")
         if tls is not None:
             self._hand_on(Http2Connection if tls.selected_alpn_protocol() == "h2" else Http1Connection)

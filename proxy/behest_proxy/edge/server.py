@@ -69,6 +69,7 @@ async def serve(
     insecure_binds: Sequence[str] = (),
     tls: TlsFiles | None = None,
     limits: EdgeLimits | None = None,
+    on_refused: Callable[[], None] | None = None,
     on_bound: Callable[[Sequence[BoundAddress]], None] | None = None,
 ) -> None:
     """Serve `app` until `shutdown_trigger` returns, then end gracefully. Runs in the current event loop.
@@ -78,6 +79,7 @@ async def serve(
     - `graceful_timeout_s`: from the trigger on, running requests may finish. A quarter of it (at most 2 s)
       is kept for the end: then streams that are left are reset, their applications are told (`on_gone`,
       `http.disconnect`) and may settle, and what still runs after that is cancelled.
+    - `on_refused` is called for each connection that is closed because there are `limits.connections`.
     - `on_bound` is called once, when the sockets accept.
 
     Raises OSError when an address cannot be bound, `hypercorn.utils.LifespanFailureError` or
@@ -89,7 +91,7 @@ async def serve(
     lifespan = Lifespan(ASGIWrapper(cast("ASGIFramework", app)), config, loop, state)
     lifespan_task = loop.create_task(lifespan.handle_lifespan())
     servers: list[asyncio.Server] = []
-    host = EdgeHost(app, limits=limits or EdgeLimits(), state=state)
+    host = EdgeHost(app, limits=limits or EdgeLimits(), state=state, on_refused=on_refused)
     grace_s = 0.0
     try:
         await lifespan.wait_for_startup()

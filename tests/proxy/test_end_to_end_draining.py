@@ -1,0 +1,97 @@
+"""Two hundred streams, and the sidecar is told to stop; and before that, more connections than it may have."""
+
+import asyncio
+import json
+import signal
+import socket
+import time
+from collections import Counter
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from stack import Project, Stack, running_stack
+
+STREAMS, CONNECTIONS_MAX, TOO_MANY = 200, 220, 30
+SHORT: dict[str, Any] = {"output_tokens": 10, "first_chunk_delay_ms": 1200, "chunk_interval_ms": 5}
+"""A stream that ends by itself within the grace period."""
+LONG: dict[str, Any] = {"output_tokens": 10_000, "chunk_interval_ms": 100}
+
+
+def _refused(stack: Stack) -> float:
+    lines = httpx.get(stack.admin_url + "/metrics").text.splitlines()
+    return sum(float(line.split()[1]) for line in lines if line.startswith("behest_connections_refused_total"))
+
+
+def _connects_too_often(stack: Stack) -> None:
+    address = httpx.URL(stack.base_url)
+    with ExitStack() as opened:
+        closed = 0
+        for _ in range(CONNECTIONS_MAX + TOO_MANY):
+            client = opened.enter_context(socket.create_connection((address.host, address.port or 0), timeout=10))
+            with suppress(ConnectionError):
+                client.sendall(b"GET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n")
+            try:
+                closed += client.recv(1) == b""
+            except ConnectionError:
+                closed += 1
+        assert closed == TOO_MANY
+    assert _refused(stack) == closed
+
+
+async def _ask(client: httpx.AsyncClient, project: Project, token: str, sim: dict[str, Any]) -> str:
+    answer = await client.post(
+        project.stack.base_url + "/v1/chat/completions",
+        headers={"Authorization": f"Bearer {token}"},
+        json={"messages": [{"role": "user", "content": "Tell me a story."}], "stream": True, "sim": sim},
+    )
+    assert answer.status_code == 200
+    return answer.text
+
+
+async def _stopped_under_load(project: Project) -> tuple[list[str], float]:
+    """All answers in the order in which they were asked for, half of them long, and when the sidecar was told."""
+    stack, token = project.stack, project.mint()
+    # Over HTTP/1.1: a connection each. httpx gives up its HTTP/2 connections at our GOAWAY, with the streams on them.
+    limits = httpx.Limits(max_connections=STREAMS)
+    async with httpx.AsyncClient(timeout=30, limits=limits) as client:
+        ways = [LONG] * (STREAMS // 2) + [SHORT] * (STREAMS // 2)
+        asked = [asyncio.create_task(_ask(client, project, token, sim)) for sim in ways]
+        async with asyncio.timeout(20):
+            while len(await asyncio.to_thread(stack.sim_requests)) < STREAMS:
+                assert not any(task.done() for task in asked[: STREAMS // 2])
+                await asyncio.sleep(0.02)
+        told_at = time.time()
+        stack.sidecar.send_signal(signal.SIGTERM)
+        return await asyncio.gather(*asked), told_at
+
+
+def test_what_ends_within_the_grace_period_ends_normally_and_the_rest_is_told_and_all_of_it_is_in_the_books(
+    database: str, tmp_path: Path
+) -> None:
+    most = str(CONNECTIONS_MAX)
+    with running_stack(database, tmp_path, BEHEST_DRAIN_S="2.5", BEHEST_EDGE_CONNECTIONS_MAX=most) as stack:
+        _connects_too_often(stack)
+        project = stack.project()
+        texts, told_at = stack.run(_stopped_under_load(project))
+        assert stack.sidecar.wait(10) == 0
+
+        assert all(text.endswith("data: [DONE]\n\n") for text in texts)
+        for text in texts[: STREAMS // 2]:
+            *_, terminal, _, _ = text.split("\n\n")
+            assert json.loads(terminal.removeprefix("data: "))["error"]["code"] == "draining"
+        for text in texts[STREAMS // 2 :]:
+            assert '"finish_reason":"stop"' in text
+            assert '"error"' not in text
+        seen = stack.sim_requests()
+        assert any(row["outcome"] == "completed" and row["ended_at"] > told_at for row in seen)
+
+        rows = project.settled(number=STREAMS)
+        assert Counter(row["outcome"] for row in rows) == {"completed": STREAMS // 2, "draining": STREAMS // 2}
+        assert all(row["output_tokens"] == 10 for row in rows if row["outcome"] == "completed")
+        sent = {row["id"]: row["output_tokens_sent"] for row in seen}
+        assert all(0 < row["output_tokens"] <= sent[row["request_id"]] for row in rows if row["outcome"] == "draining")
+        assert stack.query("SELECT 1 FROM ledger.budget_window WHERE held <> 0") == []
+        assert stack.verify().findings == []
