@@ -1,7 +1,7 @@
 """The errors that a caller may see: one envelope on every route, split by whose fault it is.
 
 Only a `ShownError` reaches a client; everything else is mapped at the border (`app`) to `server_error`
-without its text. The codes and statuses are those of docs/errors.md.
+without its text. The codes are those of `error_codes`, of which docs/errors.md is made.
 """
 
 from collections.abc import Mapping
@@ -9,12 +9,14 @@ from typing import Any, ClassVar
 
 import msgspec
 
+from behest_proxy.error_codes import ErrorCode
+
 
 class ShownError(Exception):
     """An error whose message is meant for the caller."""
 
     status: ClassVar[int] = 500
-    code: ClassVar[str] = "server_error"
+    code: ClassVar[ErrorCode] = ErrorCode.SERVER_ERROR
     type: ClassVar[str] = "server_error"
     may_retry: bool = False
     """False sends `x-should-retry: false`: the OpenAI SDKs otherwise retry 409, 429 and 5xx twice."""
@@ -23,7 +25,7 @@ class ShownError(Exception):
         self,
         message: str,
         *,
-        code: str | None = None,
+        code: ErrorCode | None = None,
         param: str | None = None,
         details: Mapping[str, Any] | None = None,
         retry_after_s: int | None = None,
@@ -78,7 +80,7 @@ class InvalidRequest(ShownError):
     """The caller's request is malformed; `param` names the member."""
 
     status = 400
-    code = "validation_error"
+    code = ErrorCode.VALIDATION_ERROR
     type = "invalid_request_error"
 
 
@@ -86,7 +88,7 @@ class RequestTooLarge(ShownError):
     """The body is over the limit."""
 
     status = 413
-    code = "request_too_large"
+    code = ErrorCode.REQUEST_TOO_LARGE
     type = "invalid_request_error"
 
 
@@ -94,7 +96,7 @@ class InvalidToken(ShownError):
     """Missing, expired, forged or unknown credentials."""
 
     status = 401
-    code = "invalid_token"
+    code = ErrorCode.INVALID_TOKEN
     type = "authentication_error"
 
 
@@ -102,7 +104,7 @@ class QuotaExceeded(ShownError):
     """A budget cannot pay. `details` name the budget and its balances."""
 
     status = 402
-    code = "quota_exceeded"
+    code = ErrorCode.QUOTA_EXCEEDED
     type = "insufficient_quota"
 
 
@@ -110,7 +112,7 @@ class Forbidden(ShownError):
     """Wrong tenant, project, session or role, or something is suspended."""
 
     status = 403
-    code = "forbidden"
+    code = ErrorCode.FORBIDDEN
     type = "permission_error"
 
 
@@ -118,7 +120,7 @@ class NotFound(ShownError):
     """No such route or thing."""
 
     status = 404
-    code = "not_found"
+    code = ErrorCode.NOT_FOUND
     type = "invalid_request_error"
 
 
@@ -126,7 +128,7 @@ class MethodNotAllowed(ShownError):
     """The route exists, the method does not."""
 
     status = 405
-    code = "method_not_allowed"
+    code = ErrorCode.METHOD_NOT_ALLOWED
     type = "invalid_request_error"
 
 
@@ -134,7 +136,7 @@ class Conflict(ShownError):
     """The request contradicts one that is known already."""
 
     status = 409
-    code = "conflict"
+    code = ErrorCode.CONFLICT
     type = "invalid_request_error"
 
 
@@ -142,7 +144,7 @@ class RateLimited(ShownError):
     """A rate, not a budget, is used up for now."""
 
     status = 429
-    code = "rate_limited"
+    code = ErrorCode.RATE_LIMITED
     type = "rate_limit_error"
     may_retry = True
 
@@ -151,7 +153,7 @@ class ServerError(ShownError):
     """Our own fault; the text says no more than that."""
 
     status = 500
-    code = "server_error"
+    code = ErrorCode.SERVER_ERROR
     type = "server_error"
 
 
@@ -159,7 +161,7 @@ class UpstreamError(ShownError):
     """The provider refused, broke, or answered what is no answer."""
 
     status = 502
-    code = "upstream_error"
+    code = ErrorCode.UPSTREAM_ERROR
     type = "server_error"
     may_retry = True
 
@@ -168,7 +170,7 @@ class UpstreamTimeout(ShownError):
     """The provider was too slow to answer."""
 
     status = 504
-    code = "upstream_timeout"
+    code = ErrorCode.UPSTREAM_TIMEOUT
     type = "server_error"
     may_retry = True
 
@@ -177,7 +179,7 @@ class LedgerUnavailable(ShownError):
     """No ledger, no spend: the books cannot be reached, so nothing is sent."""
 
     status = 503
-    code = "ledger_unavailable"
+    code = ErrorCode.LEDGER_UNAVAILABLE
     type = "server_error"
     may_retry = True
 
@@ -186,6 +188,6 @@ class Draining(ShownError):
     """This process is going away; another one will serve the retry."""
 
     status = 503
-    code = "draining"
+    code = ErrorCode.DRAINING
     type = "server_error"
     may_retry = True

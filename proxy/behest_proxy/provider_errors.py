@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from behest_proxy.error_codes import ErrorCode
 from behest_proxy.errors import RateLimited, ServerError, ShownError, UpstreamError, UpstreamTimeout
 
 ERROR_BODY_BYTES_MAX = 64 * 1024
@@ -21,7 +22,7 @@ _TIMEOUTS = ("connect_timeout", "first_byte_timeout", "idle_timeout")
 class UpstreamRateLimited(RateLimited):
     """The provider's own rate limit, not one of ours."""
 
-    code = "upstream_rate_limited"
+    code = ErrorCode.UPSTREAM_RATE_LIMITED
 
 
 class ProviderRefused(ServerError):
@@ -54,7 +55,7 @@ def refused(status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes) ->
             msgspec.json.encode(
                 {
                     "error": {
-                        "code": "upstream_refused",
+                        "code": ErrorCode.UPSTREAM_REFUSED,
                         "message": f"the provider refused the request: {_message(body)}",
                         "type": "invalid_request_error",
                         "param": None,

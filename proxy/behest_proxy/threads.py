@@ -16,6 +16,7 @@ import msgspec
 
 from behest_proxy.aggregate import AggregateTooLarge, Aggregator
 from behest_proxy.chunk import ChunkError, loads
+from behest_proxy.error_codes import ErrorCode
 from behest_proxy.errors import Conflict, InvalidRequest
 from behest_proxy.request import ChatRequest, parse
 from behest_proxy.sse import DONE_PAYLOAD
@@ -39,7 +40,7 @@ _INSTRUCTIONS = ("system", "developer")
 class CannotContinue(Conflict):
     """A broken reply that cannot be continued as it was asked."""
 
-    code = "cannot_continue"
+    code = ErrorCode.CANNOT_CONTINUE
 
 
 class Said(msgspec.Struct, frozen=True, kw_only=True):

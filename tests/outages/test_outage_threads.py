@@ -1,4 +1,4 @@
-"""The database goes away in the middle of a thread's reply: that goes on, is kept or says that it was not, charged once."""
+"""The database goes away in the middle of a thread's reply: it goes on, and is kept or says that it was not."""
 
 from collections.abc import Callable, Iterator
 

@@ -25,6 +25,7 @@ from behest_proxy.app.generation import Generation
 from behest_proxy.app.messages import JSON, ClientLeftError, read_body, send_answer, send_error
 from behest_proxy.app.turns import Call as AskedCall
 from behest_proxy.app.turns import Opened, asked_in, memory_of
+from behest_proxy.error_codes import ErrorCode
 from behest_proxy.errors import Draining, InvalidRequest, ShownError
 from behest_proxy.exchange import Exchange
 from behest_proxy.holding import HoldPlan, limit_for, plan
@@ -240,13 +241,13 @@ def _rates(gateway: Gateway, found: Route, request: ChatRequest, facts: ModelFac
     if rates is None or (facts.searches and not rates.request_pico and not rates.free):
         raise InvalidRequest(
             f"the model {found.model!r} has no price here: price it on its Upstream, or say that it is free",
-            code="unpriced_model",
+            code=ErrorCode.UNPRICED_MODEL,
             param="model",
         )
     if rates.text_only and not request.bounded_input:
         raise InvalidRequest(
             f"messages: of the model {found.model!r} only text has a price here",
-            code="unpriced_model",
+            code=ErrorCode.UNPRICED_MODEL,
             param="messages",
         )
     return rates
@@ -268,7 +269,9 @@ def _refuse_unpriced(names: Iterable[str], request: ChatRequest, model: str) -> 
         param = name if name in request.price_context else "model"
         value = request.price_context.get(name, "as its Upstream says")
         raise InvalidRequest(
-            f"{name}: {value[:40]!r} has no price here for the model {model!r}", code="unpriced_model", param=param
+            f"{name}: {value[:40]!r} has no price here for the model {model!r}",
+            code=ErrorCode.UNPRICED_MODEL,
+            param=param,
         )
 
 

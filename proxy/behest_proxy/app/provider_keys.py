@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from behest_ledger.configuration.snapshot import UpstreamEntry
 from behest_ledger.sealing import SealingError, tenant_key
 from behest_ledger.store.provider_keys import SealedKey, project_place, upstream_place
+from behest_proxy.error_codes import ErrorCode
 from behest_proxy.errors import InvalidRequest, ServerError
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class ProviderKeys:
                 return own
             if upstream.spec.credentials is None:
                 raise InvalidRequest(
-                    f"this project has no key of its own for {provider}", code="no_provider_key", param="model"
+                    f"this project has no key of its own for {provider}", code=ErrorCode.NO_PROVIDER_KEY, param="model"
                 )
         # Of a `byok` upstream what its manifest names is its owner's too.
         credentials = upstream.spec.credentials

@@ -23,6 +23,7 @@ from behest_ledger.store.replay import Claimed
 from behest_ledger.store.threads import StoredMessage, ThreadKey
 from behest_proxy.app.generation import Generation
 from behest_proxy.app.replies import ANSWER, LOST, STREAM, Held, Replies, stored_answer
+from behest_proxy.error_codes import ErrorCode
 from behest_proxy.errors import Conflict, InvalidRequest, LedgerUnavailable, ServerError
 from behest_proxy.identity.caller import Caller, is_session_id
 from behest_proxy.request import ChatRequest
@@ -450,7 +451,7 @@ def _other_request() -> Conflict:
 def _in_progress() -> Conflict:
     return Conflict(
         "Idempotency-Key: its request is under way elsewhere: ask again",
-        code="in_progress",
+        code=ErrorCode.IN_PROGRESS,
         param="Idempotency-Key",
         retry_after_s=1,
         may_retry=True,
