@@ -25,6 +25,7 @@ WIRES: tuple[Wire, ...] = ("h2", "h1")
 STREAMS = 200
 AT_ONCE = 20
 CHUNKS_BEFORE = 5
+_ALL_S = 90.0
 _LATE_S, _LATE_TRIES = 0.5, 20
 """For those who are slow to tell the provider."""
 PACE = {"output_tokens": 100_000, "tokens_per_chunk": 1, "chunk_interval_ms": 20}
@@ -157,8 +158,9 @@ async def measure(
         await asyncio.sleep(0.2)
         client.close()
 
-    for _ in range(max(1, streams // AT_ONCE)):
-        await asyncio.gather(*(one() for _ in range(AT_ONCE)))
+    async with asyncio.timeout(_ALL_S):
+        for _ in range(max(1, streams // AT_ONCE)):
+            await asyncio.gather(*(one() for _ in range(AT_ONCE)))
     seen: dict[str, int | None] = {}
     for _ in range(_LATE_TRIES):
         seen = await asyncio.to_thread(_seen, upstream_url)

@@ -23,6 +23,9 @@ from bench.peers import Peer, PeerError, simulator
 from bench.plain import Throughput
 
 _SLOW_US = 500
+_SLOW_ABORTS = 20
+_FIGURE_S = 420.0
+"""What does not end by then will not."""
 DIRECT = "direct"
 
 
@@ -84,7 +87,8 @@ class Figures:
     async def note(self, what: str, work: Awaitable[None]) -> None:
         """A figure that cannot be measured is named, and the others go on."""
         try:
-            await work
+            async with asyncio.timeout(_FIGURE_S):
+                await work
         except (BrokenAnswer, PeerError, OSError, TimeoutError) as error:
             self.faults.append(f"{what}: {error or type(error).__name__}")
         except Exception:  # noqa: BLE001 - a gateway of somebody else's may fail in any way
@@ -176,6 +180,7 @@ async def _all_else(
     behave: footprint.Announce,
     say: Callable[[str], None],
 ) -> None:
+    slow = {gateway.name for gateway in figures.gateways if gateway.chunk_cost_us >= _SLOW_US}
     for wire in cancel.WIRES:
         for peer in [direct, *peers]:
             if wire in peer.wires:
@@ -183,7 +188,8 @@ async def _all_else(
                     f"latency of {peer.name} over {wire}", _latency(figures, wanted, peer, wire, behave, say)
                 )
                 if peer is not direct:
-                    work = _aborts(figures, wanted, peer, wire, upstream_url, behave, say)
+                    streams = min(wanted.aborts, _SLOW_ABORTS) if peer.name in slow else wanted.aborts
+                    work = _aborts(figures, streams, peer, wire, upstream_url, behave, say)
                     await figures.note(f"aborts of {peer.name} over {wire}", work)
     for peer in [direct, *peers]:
         await figures.note(f"whole answers of {peer.name}", _plain(figures, wanted, peer, behave, say))
@@ -193,7 +199,6 @@ async def _all_else(
 
     bench = Bench(peers, simulator_pid=direct.pid, say=say, announce=announce)
     await bench.rest()
-    slow = {gateway.name for gateway in figures.gateways if gateway.chunk_cost_us >= _SLOW_US}
     for case, effort, slow_effort in wanted.cases:
         found = figures.chunks.setdefault(case.name, {})
         speaking = [peer for peer in peers if case.wire in peer.wires]
@@ -220,7 +225,7 @@ async def _latency(
 
 async def _aborts(
     figures: Figures,
-    wanted: Plan,
+    streams: int,
     peer: Peer,
     wire: Wire,
     upstream_url: str,
@@ -229,7 +234,7 @@ async def _aborts(
 ) -> None:
     await behave(cancel.PACE)
     figures.aborts[peer.name, wire] = await cancel.measure(
-        wire, peer.base_url, upstream_url, peer.tokens[0], say, streams=wanted.aborts
+        wire, peer.base_url, upstream_url, peer.tokens[0], say, streams=streams
     )
 
 
