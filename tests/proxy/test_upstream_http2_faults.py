@@ -331,6 +331,64 @@ def test_a_connection_that_died_while_it_rested_is_found_out(monkeypatch: pytest
     run(main)
 
 
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("behest_proxy.upstream.http2._PING_SILENT_S", 0.05)
+    monkeypatch.setattr("behest_proxy.upstream.http2._PING_TIMEOUT_S", 0.1)
+
+
+def test_a_connection_that_dies_under_a_silent_stream_ends_it_and_is_used_no_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _soon(monkeypatch)
+
+    async def main() -> None:
+        async with http2_server() as server, a_client() as client:
+            server.on_request = lambda peer, stream_id: peer.head(stream_id)
+            handler, _ = start(client, a_request(server.url))
+            await handler.begun.wait()
+            server.peer.transport.pause_reading()
+            await handler.over.wait()
+            assert handler.failure is not None
+            assert (handler.kind, handler.failure.request_sent) == ("closed", True)
+            assert "PING" in handler.failure.message
+            assert (await fetch(client, any_ok(server))).ended == 1
+            assert len(server.peers) == 2
+
+    run(main)
+
+
+def test_a_connection_that_dies_while_it_rests_is_gone_before_the_next_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    _soon(monkeypatch)
+
+    async def main() -> None:
+        async with http2_server() as server, a_client() as client:
+            assert (await fetch(client, a_request(server.url))).ended == 1
+            server.peer.transport.pause_reading()
+            await asyncio.sleep(0.3)
+            assert (await fetch(client, a_request(server.url))).ended == 1
+            server.peers[0].transport.resume_reading()
+            await eventually(lambda: server.peers[0].closed)
+            assert [len(peer.requests) for peer in server.peers] == [1, 1]
+
+    run(main)
+
+
+def test_a_peer_that_thinks_for_long_but_answers_pings_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    _soon(monkeypatch)
+
+    async def main() -> None:
+        async with http2_server() as server, a_client() as client:
+            server.on_request = lambda peer, stream_id: None
+            handler, _ = start(client, a_request(server.url))
+            await eventually(lambda: server.peers and server.peer.pings >= 3)
+            assert not handler.over.is_set()
+            server.peer.reply(1)
+            await handler.over.wait()
+            assert (handler.body, handler.ended) == (b"hello", 1)
+
+    run(main)
+
+
 class Broken(Recorder):
     def on_data(self, data: bytes) -> None:
         raise RuntimeError("a bug in the handler")

@@ -224,3 +224,53 @@ def test_a_call_works_inside_the_tunnel(tmp_path: Path, loop: str) -> None:
                     assert (await fetch(client, a_request("https://models.test/v1"))).body == b"hello"
 
     run(main, loop)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_a_new_connection_takes_up_the_session_of_the_last_one(
+    certificate: Certificate, version: ssl.TLSVersion, loop: str
+) -> None:
+    resumed: list[bool] = []
+    tls = certificate.server()
+    tls.maximum_version = version
+
+    async def script(peer: Peer) -> None:
+        await peer.request()
+        resumed.append(peer.writer.get_extra_info("ssl_object").session_reused)
+        await peer.send(b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\nconnection: close\r\n\r\nhello")
+
+    async def main() -> None:
+        async with (
+            http1_server(script, tls=tls) as server,
+            a_client(tls_context_factory=certificate.client) as client,
+        ):
+            url = f"https://localhost:{server.port}/"
+            for _ in range(3):
+                assert (await fetch(client, a_request(url, protocol="http1"))).ended == 1
+            assert resumed == [False, True, True]
+            other = a_request(f"https://127.0.0.1:{server.port}/", protocol="http1")
+            assert (await fetch(client, other)).ended == 1
+            assert resumed[-1] is False, "a session is its host's alone"
+
+    run(main, loop)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_http2_takes_up_sessions_too_and_a_server_that_forgot_them_makes_new_ones(
+    certificate: Certificate, loop: str
+) -> None:
+    async def main() -> None:
+        async with a_client(tls_context_factory=certificate.client, idle_connection_timeout_s=0.05) as client:
+            async with http2_server(tls=certificate.server("h2")) as server:
+                reused: list[bool] = []
+                for number in range(2):
+                    assert (await fetch(client, a_request(server.url, protocol="http2"))).ended == 1
+                    reused.append(server.peers[number].transport.get_extra_info("ssl_object").session_reused)
+                    await eventually(lambda: server.peers[-1].closed)
+                assert reused == [False, True]
+            async with http2_server(tls=certificate.server("h2")) as server:
+                assert (await fetch(client, a_request(server.url, protocol="http2"))).ended == 1
+                assert server.peer.transport.get_extra_info("ssl_object").session_reused is False
+
+    run(main, loop)

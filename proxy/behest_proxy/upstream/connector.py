@@ -11,6 +11,7 @@ import msgspec
 from behest_proxy.upstream.call import FailureKind
 from behest_proxy.upstream.prepared import Origin
 from behest_proxy.upstream.proxies import Proxies, Proxy, parse_address
+from behest_proxy.upstream.tls_sessions import TlsSessions
 
 Wire = Literal["http1", "http2"]
 
@@ -63,6 +64,7 @@ class Connector:
         self._proxies = proxies
         self._tls_context_factory = tls_context_factory
         self._contexts: dict[str, ssl.SSLContext] = {}
+        self._sessions: dict[str, TlsSessions] = {}
 
     async def connect(
         self, origin: Origin, *, protocol: Literal["auto", "http1", "http2"], timeout_s: float
@@ -135,7 +137,14 @@ class Connector:
             context.minimum_version = max(context.minimum_version, ssl.TLSVersion.TLSv1_2)
             context.set_alpn_protocols(_ALPN[protocol])
             self._contexts[protocol] = context
+            self._sessions[protocol] = TlsSessions(context)
         return context
+
+    def keep_session(self, transport: asyncio.Transport, protocol: str) -> None:
+        """The next connection to this one's host may take up its TLS session."""
+        sessions = self._sessions.get(protocol)
+        if sessions is not None:
+            sessions.keep(transport)
 
 
 class _Prelude(asyncio.Protocol):

@@ -61,6 +61,11 @@ class Http1Connection(asyncio.Protocol):
     # What the pool asks.
 
     @property
+    def transport(self) -> asyncio.Transport:
+        """What it speaks over."""
+        return self._transport
+
+    @property
     def usable(self) -> bool:
         """It is idle and its peer has not closed it, as far as is known."""
         return self._call is None and not self._transport.is_closing()

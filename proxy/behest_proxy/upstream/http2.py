@@ -44,6 +44,9 @@ from behest_proxy.upstream.moderation import Moderation
 from behest_proxy.upstream.stream import Stream
 
 _PING_AFTER_S = 5.0
+"""A connection that rested for so long is asked whether it lives together with its next request."""
+_PING_SILENT_S = 20.0
+"""So is one from which nothing came for so long, whatever it carries."""
 _PING_TIMEOUT_S = 10.0
 _CLOSE_TIMEOUT_S = 2.0
 
@@ -75,6 +78,8 @@ class Http2Connection(asyncio.Protocol):
         self._rested_at = self._loop.time()
         self._idle_timer: asyncio.TimerHandle | None = None
         self._close_timer: asyncio.TimerHandle | None = None
+        self._reads_seen = 0
+        self._watch_timer = self._loop.call_later(_PING_SILENT_S, self._watch)
         self._streams: dict[int, Stream] = {}
         self._sending: dict[int, Stream] = {}
         """Streams whose request body waits for a window."""
@@ -95,6 +100,11 @@ class Http2Connection(asyncio.Protocol):
         self._rest()
 
     # What the pool asks.
+
+    @property
+    def transport(self) -> asyncio.Transport:
+        """What it speaks over."""
+        return self._transport
 
     @property
     def capacity(self) -> int:
@@ -211,7 +221,7 @@ class Http2Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The socket is closed, by whomever."""
-        for timer in (self._idle_timer, self._close_timer):
+        for timer in (self._idle_timer, self._close_timer, self._watch_timer):
             if timer is not None:
                 timer.cancel()
         streams = self._remove_all()
@@ -465,6 +475,32 @@ class Http2Connection(asyncio.Protocol):
     def _check_alive(self, reads_before: int) -> None:
         if self._reads == reads_before:
             self._transport.abort()
+
+    def _watch(self) -> None:
+        """Once in a while: a peer from which nothing came since is asked whether it lives.
+
+        Nothing else would tell for minutes: a model may think for as long as it likes, and a network that drops
+        packets closes no connection.
+        """
+        if self._transport.is_closing():
+            return
+        if self._reads == self._reads_seen:
+            self._h2.ping(b"alive?\0\0")
+            self._flush()
+            self._watch_timer = self._loop.call_later(_PING_TIMEOUT_S, self._bury, self._reads)
+        else:
+            self._reads_seen = self._reads
+            self._watch_timer = self._loop.call_later(_PING_SILENT_S, self._watch)
+
+    def _bury(self, reads_before: int) -> None:
+        """Whoever lives has answered by now. Its calls are not repeated: the peer may have had them for long."""
+        if self._reads != reads_before:
+            self._watch()
+            return
+        streams = self._remove_all()
+        self._transport.abort()
+        for stream in streams:
+            stream.call.fail("closed", f"{self._origin}: the connection is dead: no answer to a PING")
 
     def _break_off(self, message: str) -> None:
         """The peer broke the rules of the connection: nothing on it can be trusted any more."""

@@ -113,6 +113,7 @@ class Pool:
 
     def released(self, connection: Http1Connection) -> None:
         """Give it to the next call, or let it rest."""
+        self._connector.keep_session(connection.transport, self._protocol)
         self._idle.append(connection)
         self._serve()
         if connection in self._idle:
@@ -122,12 +123,14 @@ class Pool:
 
     def capacity_freed(self, connection: Http2Connection) -> None:
         """Others may go on it."""
+        self._connector.keep_session(connection.transport, self._protocol)
         if connection.settings_received:
             self._streams_expected = max(1, min(_CALLS_PER_NEW_CONNECTION, connection.streams_allowed))
         self._serve()
 
     def lost(self, connection: Http1Connection | Http2Connection) -> None:
         """It is gone."""
+        self._connector.keep_session(connection.transport, self._protocol)
         if isinstance(connection, Http1Connection):
             self._http1.discard(connection)
             if connection in self._idle:
