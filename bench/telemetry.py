@@ -16,11 +16,13 @@ from uuid import UUID
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
 from behest_ledger.charging import Outcome
 from behest_ledger.holds import Admission, Settlement
 from behest_ledger.telemetry import logs, otlp
 from behest_ledger.telemetry.settings import TelemetrySettings
+from behest_ledger.telemetry.span_encoding import SpanEncoder
 from behest_ledger.token_counts import TokenCounts
 from behest_proxy.app.context import RequestContext
 from behest_proxy.app.telemetry import Telemetry
@@ -44,8 +46,11 @@ _ATTRIBUTES = {
 class _Nowhere(SpanExporter):
     """Makes of spans what a collector would get, as the exporters do in a thread of theirs, and drops it."""
 
+    def __init__(self) -> None:
+        self.encode: Callable[[Any], Any] = encode_spans
+
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        encode_spans(spans).SerializeToString()
+        self.encode(spans).SerializeToString()
         return SpanExportResult.SUCCESS
 
 
@@ -68,13 +73,16 @@ def measure() -> Iterator[str]:
 def _with_spans() -> tuple[Telemetry, Callable[[], object]]:
     """Telemetry whose spans go nowhere, and how to wait for them."""
     processors: list[BatchSpanProcessor] = []
+    nowhere = _Nowhere()
 
     def processor(_exporter: SpanExporter) -> BatchSpanProcessor:
-        processors.append(BatchSpanProcessor(_Nowhere()))
+        processors.append(BatchSpanProcessor(nowhere))
         return processors[0]
 
     with patch.object(otlp, "BatchSpanProcessor", processor):
         telemetry = Telemetry(TelemetrySettings(traces="http/protobuf"), name="bench")
+    described = otlp.resource({"service.version": "1", "service.instance.id": "bench"})
+    nowhere.encode = SpanEncoder(described, InstrumentationScope("behest", "1"))
     return telemetry, processors[0].force_flush
 
 

@@ -6,10 +6,13 @@ away costs what would have been told, and nothing else: what waits is bounded.
 
 import asyncio
 import contextlib
+import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import cast
 
+from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.sdk.metrics import Exemplar
 from opentelemetry.sdk.metrics.export import (
     AggregationTemporality,
@@ -27,12 +30,13 @@ from opentelemetry.sdk.metrics.export import Histogram as HistogramData
 from opentelemetry.sdk.resources import SERVICE_NAME as SERVICE_NAME_KEY
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
 from behest_ledger.telemetry.meter import Counter, Histogram, Key, Meter
 from behest_ledger.telemetry.names import SCOPE, SERVICE_NAME, Instrument
 from behest_ledger.telemetry.settings import Protocol, TelemetrySettings
+from behest_ledger.telemetry.span_encoding import EndedSpan, SpanEncoder
 
 STOP_S = 3.0
 """The last push may take so long."""
@@ -140,7 +144,9 @@ class Push:
         self._meter = meter
         self._interval_s = settings.interval_s
         self._metrics = _metric_exporter(settings.metrics) if settings.metrics is not None else None
-        self._spans = BatchSpanProcessor(_span_exporter(settings.traces)) if settings.traces is not None else None
+        self._spans: BatchSpanProcessor | None = None
+        if settings.traces is not None:
+            self._spans = BatchSpanProcessor(_Spans(_span_exporter(settings.traces), described, self.scope))
         self._pushing: threading.Thread | None = None
 
     @property
@@ -148,10 +154,11 @@ class Push:
         """Whether anybody wants spans."""
         return self._spans is not None
 
-    def span(self, span: ReadableSpan) -> None:
+    def span(self, span: EndedSpan) -> None:
         """A span that ended. Returns at once; what is too much is dropped."""
         if self._spans is not None:
-            self._spans.on_end(span)
+            # It looks at nothing but whether the span is sampled.
+            self._spans.on_end(cast("ReadableSpan", span))
 
     async def run(self) -> None:
         """Push metrics at intervals, until cancelled."""
@@ -202,3 +209,34 @@ def _span_exporter(protocol: Protocol) -> SpanExporter:
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
     return OTLPSpanExporter()
+
+
+class _Spans(SpanExporter):
+    """Gives our spans to an exporter of OpenTelemetry's, encoded by us where it lets us."""
+
+    def __init__(self, exporter: SpanExporter, described: Resource, scope: InstrumentationScope) -> None:
+        self._exporter = exporter
+        self._described = described
+        self._scope = scope
+        self.encodes = _encode_by(exporter, SpanEncoder(described, scope))
+        """Whether it does. If not, spans go to it in its own form: slower, and else the same."""
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        """See `SpanExporter`."""
+        if self.encodes:
+            return self._exporter.export(spans)
+        ours = cast("Sequence[EndedSpan]", spans)
+        return self._exporter.export([span.readable(self._described, self._scope) for span in ours])
+
+    def shutdown(self) -> None:
+        """See `SpanExporter`."""
+        self._exporter.shutdown()
+
+
+def _encode_by(exporter: SpanExporter, encoder: SpanEncoder) -> bool:
+    """Put our encoder where the exporters of both protocols look up theirs: a name in their modules."""
+    names = vars(sys.modules[type(exporter).__module__])
+    if names.get("encode_spans") is not encode_spans and not isinstance(names.get("encode_spans"), SpanEncoder):
+        return False
+    names["encode_spans"] = encoder
+    return True

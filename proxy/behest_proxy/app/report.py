@@ -254,17 +254,19 @@ class CallReport:
         }
         attributes |= {name: count for name, count in classes.items() if count}
         spans.ended(
-            f"chat {self._model}",
-            is_client=True,
-            trace_id=int(context.trace_id, 16),
-            span_id=int(context.call_span_id, 16),
-            parent_id=int(context.span_id, 16),
-            parent_is_remote=False,
-            trace_state=context.trace_state.decode("ascii"),
-            started_ns=started_ns,
-            ended_ns=ended_ns,
-            attributes=attributes,
-            failed=settlement.outcome in _FAILED,
+            spans.Ended(
+                f"chat {self._model}",
+                is_client=True,
+                trace_id=int(context.trace_id, 16),
+                span_id=int(context.call_span_id, 16),
+                parent_id=int(context.span_id, 16),
+                parent_is_remote=False,
+                trace_state=context.trace_state.decode("ascii"),
+                started_ns=started_ns,
+                ended_ns=ended_ns,
+                attributes=attributes,
+                failed=settlement.outcome in _FAILED,
+            )
         )
 
     def _held_pico(self, settlement: Settlement) -> int:

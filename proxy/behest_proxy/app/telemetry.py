@@ -156,17 +156,19 @@ class Telemetry:
         if route:
             attributes[names.HTTP_ROUTE] = route
         self.spans.ended(
-            f"{method} {route}" if route else method,
-            is_client=False,
-            trace_id=int(context.trace_id, 16),
-            span_id=int(context.span_id, 16),
-            parent_id=int(context.parent_id, 16) if context.parent_id else None,
-            parent_is_remote=True,
-            trace_state=context.trace_state.decode("ascii"),
-            started_ns=context.arrived_ns,
-            ended_ns=time.time_ns(),
-            attributes=attributes,
-            failed=failed,
+            self.spans.Ended(
+                f"{method} {route}" if route else method,
+                is_client=False,
+                trace_id=int(context.trace_id, 16),
+                span_id=int(context.span_id, 16),
+                parent_id=int(context.parent_id, 16) if context.parent_id else None,
+                parent_is_remote=True,
+                trace_state=context.trace_state.decode("ascii"),
+                started_ns=context.arrived_ns,
+                ended_ns=time.time_ns(),
+                attributes=attributes,
+                failed=failed,
+            )
         )
 
     def _server(self, base_url: str) -> tuple[str, str]:
