@@ -2,6 +2,7 @@ import datetime as dt
 import itertools
 from decimal import Decimal
 
+import msgspec
 import pytest
 from genai_prices.data_snapshot import get_snapshot
 from genai_prices.types import ConditionalPrice, ModelInfo
@@ -18,6 +19,7 @@ from behest_ledger.prices.book import (
     PriceSheet,
     ProviderPrices,
     TieredRate,
+    read_document,
 )
 from behest_ledger.prices.manifest import prices_from_manifest
 from behest_ledger.prices.matching import Equals, StartsWith
@@ -337,3 +339,11 @@ def test_conditional_prices_of_the_package_keep_their_order() -> None:
         for model, compiled in zip(provider.models, entry.models, strict=True):
             sheets = model.prices if isinstance(model.prices, list) else [ConditionalPrice(prices=model.prices)]
             assert len(compiled.sheets) == len(sheets)
+
+
+def test_a_stored_document_is_read_as_it_was_written_with_one_object_for_equal_sheets() -> None:
+    document = compile_package_book().document
+    read = read_document(msgspec.json.encode(document))
+    assert read == document
+    sheets = [sheet for provider in read.providers for model in provider.models for sheet in model.sheets]
+    assert len({id(sheet) for sheet in sheets}) == len({msgspec.json.encode(sheet) for sheet in sheets}) < len(sheets)

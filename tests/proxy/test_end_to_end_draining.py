@@ -15,9 +15,16 @@ import httpx
 from stack import Project, Stack, running_stack
 
 STREAMS, CONNECTIONS_MAX, TOO_MANY = 200, 220, 30
+IDLE_KIB_MAX, STREAM_KIB_MAX = 115 * 1024, 90
+"""Bounds with room: 102 MiB and 20 to 30 KiB were measured (docs/performance.md)."""
 SHORT: dict[str, Any] = {"output_tokens": 10, "first_chunk_delay_ms": 1200, "chunk_interval_ms": 5}
 """A stream that ends by itself within the grace period."""
 LONG: dict[str, Any] = {"output_tokens": 10_000, "chunk_interval_ms": 100}
+
+
+def _rss_kib(stack: Stack) -> int:
+    lines = Path(f"/proc/{stack.sidecar.pid}/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmRSS:")).split()[1])
 
 
 def _refused(stack: Stack) -> float:
@@ -54,6 +61,7 @@ async def _ask(client: httpx.AsyncClient, project: Project, token: str, sim: dic
 async def _stopped_under_load(project: Project) -> tuple[list[str], float]:
     """All answers in the order in which they were asked for, half of them long, and when the sidecar was told."""
     stack, token = project.stack, project.mint()
+    before_kib = _rss_kib(stack)
     # Over HTTP/1.1: a connection each. httpx gives up its HTTP/2 connections at our GOAWAY, with the streams on them.
     limits = httpx.Limits(max_connections=STREAMS)
     async with httpx.AsyncClient(timeout=30, limits=limits) as client:
@@ -63,6 +71,7 @@ async def _stopped_under_load(project: Project) -> tuple[list[str], float]:
             while len(await asyncio.to_thread(stack.sim_requests)) < STREAMS:
                 assert not any(task.done() for task in asked[: STREAMS // 2])
                 await asyncio.sleep(0.02)
+        assert (_rss_kib(stack) - before_kib) / STREAMS < STREAM_KIB_MAX
         told_at = time.time()
         stack.sidecar.send_signal(signal.SIGTERM)
         return await asyncio.gather(*asked), told_at
@@ -73,6 +82,7 @@ def test_what_ends_within_the_grace_period_ends_normally_and_the_rest_is_told_an
 ) -> None:
     most = str(CONNECTIONS_MAX)
     with running_stack(database, tmp_path, BEHEST_DRAIN_S="2.5", BEHEST_EDGE_CONNECTIONS_MAX=most) as stack:
+        assert _rss_kib(stack) < IDLE_KIB_MAX
         _connects_too_often(stack)
         project = stack.project()
         texts, told_at = stack.run(_stopped_under_load(project))

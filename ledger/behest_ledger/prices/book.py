@@ -107,6 +107,45 @@ class BookDocument(msgspec.Struct, frozen=True, kw_only=True):
     providers: list[ProviderPrices]
 
 
+class _StoredDocument(msgspec.Struct, frozen=True):
+    source: str
+    providers: list[msgspec.Raw]
+
+
+def read_document(text: str | bytes) -> BookDocument:
+    """A stored document, whose equal parts are one object: most models cost what another one does, and a sidecar keeps
+    the book for as long as it lives. Nobody may change its lists.
+
+    Raises `msgspec.DecodeError`.
+    """
+    stored = msgspec.json.decode(text, type=_StoredDocument)
+    sheets: dict[bytes, PriceSheet] = {}
+    clauses: dict[bytes, Clause] = {}
+    lists: dict[bytes, list[PriceSheet]] = {}
+    empty: list[str] = []
+
+    def shared(found: list[PriceSheet]) -> list[PriceSheet]:
+        one_each = [sheets.setdefault(msgspec.json.encode(sheet), sheet) for sheet in found]
+        return lists.setdefault(msgspec.json.encode(found), one_each)
+
+    def compact(model: ModelPrices) -> ModelPrices:
+        return msgspec.structs.replace(
+            model,
+            match=clauses.setdefault(msgspec.json.encode(model.match), model.match),
+            sheets=shared(model.sheets),
+            variants=shared(model.variants),
+            uncounted=model.uncounted or empty,
+            uncounted_input=model.uncounted_input or empty,
+        )
+
+    providers: list[ProviderPrices] = []
+    for raw in stored.providers:  # one by one, so that what is dropped makes room for the next
+        provider = msgspec.json.decode(raw, type=ProviderPrices)
+        models = [compact(model) for model in provider.models]
+        providers.append(msgspec.structs.replace(provider, models=models))
+    return BookDocument(source=stored.source, providers=providers)
+
+
 class PriceBook:
     """An index over a book's document. Look-ups are cached; the cache is bounded."""
 

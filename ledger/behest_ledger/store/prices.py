@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from behest_ledger.prices.book import BookDocument, PriceBook
+from behest_ledger.prices.book import PriceBook, read_document
 from behest_ledger.store.errors import LedgerError, mapped
 from behest_ledger.store.pool import Connection
 
@@ -104,5 +104,4 @@ async def load_book(connection: Connection, version: str) -> PriceBook | None:
 def _book(row: Any) -> PriceBook | None:
     if row is None:
         return None
-    document = msgspec.json.decode(row["document"], type=BookDocument)
-    return PriceBook(document, version=row["version"], effective_from=row["effective_from"])
+    return PriceBook(read_document(row["document"]), version=row["version"], effective_from=row["effective_from"])
