@@ -311,3 +311,20 @@ def test_an_issuer_that_does_not_behave_harms_only_its_own_tokens(stack: Stack, 
         assert time.monotonic() - begun_s < 3, "who does not need the issuer does not wait for it"
         assert [answer.result().status_code for answer in asked] == [401] * 4
     assert issuer.asked <= 1, "they share one fetch"
+
+
+@pytest.mark.parametrize("who", ["another project", "another user"])
+def test_who_names_anothers_session_gets_one_of_its_own(stack: Stack, who: str) -> None:
+    owner = stack.project()
+    attacker = stack.project() if who == "another project" else owner
+    theirs = owner.mint(user="ann", session="theirs")
+    assert chat(stack, theirs).status_code == 200
+    owner.settled()
+    before = owner.budgets(theirs)["sessions"]
+    named = attacker.mint(user="eve", session="theirs")
+    assert attacker.budgets(named)["sessions"]["spent"] in ("0", "0.00")
+    assert chat(stack, named).status_code == 200
+    spent = attacker.settled(number=1 if attacker is not owner else 2)[-1]
+    assert (spent["user_id"], spent["session_id"]) == ("eve", "theirs")
+    assert spent["amount_pico"] > 0
+    assert owner.budgets(theirs)["sessions"] == before
