@@ -87,6 +87,15 @@ class Project:
         answer.raise_for_status()
         return str(answer.json()["jwt"])
 
+    def wait_until_served(self) -> None:
+        """Until the sidecar has read of it."""
+        headers = {"Authorization": f"Bearer {self.mint()}"}
+
+        def is_known() -> bool:
+            return httpx.get(self.stack.base_url + "/v1/models", headers=headers).status_code != 403
+
+        wait_until(is_known, what="the sidecar's reading of the configuration")
+
     def budgets(self, token: str) -> dict[str, dict[str, Any]]:
         """The caller's budgets by name."""
         answer = httpx.get(self.stack.base_url + "/v1/budgets", headers={"Authorization": f"Bearer {token}"})
@@ -256,13 +265,7 @@ spec:
             )
         if not served:
             return made
-        token = made.mint()
-
-        def is_known() -> bool:
-            answer = httpx.get(self.base_url + "/v1/models", headers={"Authorization": f"Bearer {token}"})
-            return answer.status_code != 403
-
-        wait_until(is_known, what="the sidecar's reading of the configuration")
+        made.wait_until_served()
         return made
 
     def sim_requests(self) -> list[dict[str, Any]]:

@@ -133,6 +133,7 @@ def test_a_metered_stream_goes_through_a_confined_container(containers: Containe
         assert container.status("Seccomp") == "2"
         assert " ro," in Path(f"/proc/{container.pid}/mounts").read_text().splitlines()[0]
         project = replace(stack.project(), stack=inside)
+        project.wait_until_served()
         with openai.OpenAI(base_url=inside.base_url + "/v1", api_key=project.mint(), max_retries=0) as client:
             chunks = list(
                 client.chat.completions.create(
@@ -165,6 +166,7 @@ def test_a_metered_stream_goes_through_a_confined_container(containers: Containe
 def test_it_runs_as_a_user_that_nobody_knows(containers: Containers, stack: Stack, place: Path) -> None:
     with sidecar(containers, stack, place, user="1000650000:0") as (container, inside, _):
         project = replace(stack.project(), stack=inside)
+        project.wait_until_served()
         with openai.OpenAI(base_url=inside.base_url + "/v1", api_key=project.mint(), max_retries=0) as client:
             answer = client.chat.completions.create(
                 model="gpt-4o-mini", messages=QUESTION, extra_body={"sim": {"output_tokens": 5}}
