@@ -11,6 +11,7 @@ from bench.load import Wire
 
 PAGE, PICTURE = "field.md", "pictures/field.svg"
 """Below docs/."""
+_OTHERS_MOST = 0.10
 _WIRES: dict[Wire, str] = {"h2": "HTTP/2", "h1": "HTTP/1.1"}
 _NAMES = {"behest": "Behest", "envoy": "Envoy", "ferrogw": "Ferro", "litellm": "LiteLLM", DIRECT: "nothing"}
 _WIDTH, _BAR, _LEFT, _GAP = 760, 18, 90, 46
@@ -34,6 +35,7 @@ def page(figures: Figures, *, command: str, machine: str, load: str) -> str:
         f"Written by `{command}` on {day}; what is measured how stands in [performance.md](performance.md#the-field).",
         f"{machine}.\n{load}\n",
         "All had the same simulated provider behind them and the same clients before them, in one run.\n",
+        _quiet(figures),
         "| gateway | version | with each request |\n|---|---|---|\n" + "\n".join(rows) + "\n",
         "![CPU, latency and memory of each gateway](pictures/field.svg)\n",
         "## CPU per forwarded chunk\n",
@@ -51,6 +53,18 @@ def page(figures: Figures, *, command: str, machine: str, load: str) -> str:
     if figures.faults:
         sections += ["Not measured in this run:\n", "\n".join(f"- {fault}" for fault in figures.faults) + "\n"]
     return "\n".join(sections)
+
+
+def _quiet(figures: Figures) -> str:
+    """A warning, where other processes were at work."""
+    shares = sorted(result.shares.get("others", 0.0) for result in _results(figures))
+    middle = shares[len(shares) // 2] if shares else 0.0
+    if middle <= _OTHERS_MOST:
+        return ""
+    return (
+        f"**This was not a quiet run**: other processes took {middle:.0%} of the machine in the middle case. Elapsed times say"
+        " little then, and CPU per chunk is lower the later chunks come, for they come together; compare within a row only.\n"
+    )
 
 
 def _name(name: str) -> str:
