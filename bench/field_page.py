@@ -62,8 +62,9 @@ def _quiet(figures: Figures) -> str:
     if middle <= _OTHERS_MOST:
         return ""
     return (
-        f"**This was not a quiet run**: other processes took {middle:.0%} of the machine in the middle case. Elapsed times say"
-        " little then, and CPU per chunk is lower the later chunks come, for they come together; compare within a row only.\n"
+        f"**This was not a quiet run**: other processes took {middle:.0%} of the machine in the middle case."
+        " Elapsed times say little then, and late chunks come together, which makes each cheaper:"
+        " compare within a row only.\n"
     )
 
 
