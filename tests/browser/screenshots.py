@@ -36,7 +36,7 @@ def page(scene: Scene) -> None:
     schemes: tuple[Any, ...] = ("light", "dark")
     for scheme in schemes:
         with scene.browser.new_context(
-            viewport={"width": 1240, "height": 1300}, color_scheme=scheme, device_scale_factor=1.25, locale="en-GB"
+            viewport={"width": 1240, "height": 1308}, color_scheme=scheme, device_scale_factor=1.25, locale="en-GB"
         ) as context:
             opened: Page = context.new_page()
             opened.goto(scene.stack.admin_url + "/")

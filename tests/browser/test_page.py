@@ -103,6 +103,7 @@ def test_what_is_held_is_drawn_apart_from_what_is_spent(page: Page, stack: Stack
     assert spent == pytest.approx(1000 * window["spent"], abs=1)
     assert held == pytest.approx(1000 * window["held"], abs=1)
     assert budget.locator("svg").get_attribute("aria-label") is not None
+    assert budget.locator(".share").inner_text() == f"{100 * window['spent']:.0f} %"
 
 
 def test_it_goes_on_by_itself(page: Page, stack: Stack) -> None:
@@ -149,6 +150,13 @@ def test_no_script_but_its_own_would_run(browser: Browser, stack: Stack) -> None
         )
     assert told[0]
     assert set(told[1]) == {"script-src-attr", "style-src-attr", "img-src", "script-src-elem", "connect-src"}
+
+
+def test_what_was_searched_for_is_looked_for_again_by_itself(page: Page, stack: Stack) -> None:
+    page.locator("#q").fill("comes-later")
+    expect(page.locator("#sessions-empty")).to_have_text("No session of this time begins so.", timeout=20_000)
+    spend(stack, "comes-later-than-it-was-asked")
+    expect(page.locator("#sessions tbody tr").first).to_contain_text("comes-later-than", timeout=30_000)
 
 
 def test_a_search_finds_sessions_by_their_beginning(page: Page) -> None:

@@ -10,10 +10,11 @@ import sys
 from datetime import UTC, datetime
 from typing import Any
 
+import msgspec
 import pytest
 
 from behest_ledger.configuration.records import BudgetRecord
-from behest_ledger.configuration.status import BudgetStatus
+from behest_ledger.configuration.status import BudgetStatus, SubjectStatus
 from behest_ledger.store.overview import ModelBin, Overview, RecentRequest, SessionSpend
 from behest_proxy.cli.glance import Glance, printable, usd
 from behest_proxy.cli.main import main
@@ -60,7 +61,7 @@ def lines(found: Overview, *, width: int = 120, colour: bool = False, plain: boo
 def test_what_is_held_is_another_part_of_the_bar_than_what_is_spent() -> None:
     (bar,) = [line for line in lines(overview()) if "demo/money" in line]
     assert "█" * 10 + "▒" * 5 + "·" * 5 in bar
-    assert "50 + 25 of 100  Active" in bar
+    assert bar.split()[2:] == ["50", "25", "100", "50", "%", "Active"]
     (bar,) = [line for line in lines(overview(), plain=True) if "demo/money" in line]
     assert "#" * 10 + "=" * 5 + "." * 5 in bar
     assert bar.isascii()
@@ -77,11 +78,29 @@ def test_a_bar_is_never_longer_than_it_may_be(spent: int, held: int, expected: t
     assert bar.count("█") + bar.count("▒") + bar.count("·") == 20
 
 
-@pytest.mark.parametrize("width", [10, 40, 80, 200])
+@pytest.mark.parametrize("width", [10, 80, 100, 200])
 def test_no_line_is_wider_than_the_terminal(width: int) -> None:
-    for line in lines(overview(), width=width):
-        assert len(line) <= max(width, 96)  # below that the numbers alone need more
-    assert max(map(len, lines(overview(), width=200))) <= 200
+    long = budget(
+        3 * 10**12, 10**9, 10**13, unit="usd", budget_id="a-namespace/a-budget-with-a-long-name", per=["session"]
+    )
+    full = msgspec.structs.replace(
+        long, biggest=[SubjectStatus(subject=["shop/web/somebody/s1"], spent=10**12, held=10**9)]
+    )
+    found = lines(overview(budgets=[full, budget(50, 25), budget(275019, 15860, 420000)]), width=width)
+    for line in found:
+        assert len(line) <= max(width, 80)  # below that the numbers alone need more
+    if width >= 200:
+        assert any("shop/web" in line for line in found)
+
+
+def test_numbers_of_budgets_stand_below_each_other() -> None:
+    found = lines(overview(budgets=[budget(7, 1), budget(275019, 15860, 420000)]))
+    head, first, second = [line for line in found if "demo/money" in line or "LIMIT" in line]
+    for name, number, other in (("SPENT", " 7 ", " 275,019 "), ("LIMIT", " 100 ", " 420,000 ")):
+        end = head.index(name) + len(name)
+        assert first[:end].endswith(number[:-1])
+        assert second[:end].endswith(other[:-1])
+    assert first.index("Active") == second.index("Active") == head.index("STATE")
 
 
 def test_ids_give_no_orders_to_the_terminal() -> None:

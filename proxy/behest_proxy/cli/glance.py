@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, TextIO
 
-from behest_ledger.configuration.status import BudgetStatus, shown_amount
+from behest_ledger.configuration.status import BudgetStatus
 from behest_ledger.money import usd_from_pico
 
 if TYPE_CHECKING:
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 REST_FACTOR = 20
 """The ledger rests for so many times as long as it was asked."""
 _CENT_DIGITS = 2
-_BAR_WIDTH = 20
+_BAR_WIDTH, _BAR_WIDTH_MIN = 20, 6
+_NAME_WIDTH, _WHO_WIDTH_MIN = 28, 8
+_BUDGET_HEAD = ("SPENT", "HELD", "LIMIT", "", "STATE")
 _ENTER, _LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
 _COLOURS = {
     "Active": "32",
@@ -54,7 +56,7 @@ class Glance:
         head = f"{hours:g} h until {at:%H:%M:%S} UTC   ${usd(spent)} spent   {requests:,} requests   {running}"
         lines = [self._paint("Behest", "1") + "  " + self._cut(head, self._width - 8), ""]
         lines.append(self._paint(f"BUDGETS   {self._marks[0]} spent  {self._marks[1]} held", "1"))
-        lines += [self._budget(one) for one in found.budgets[:rows]] or ["  none"]
+        lines += self._budgets(found.budgets[:rows])
         sessions = [
             (one.session_id, one.user_id, f"{one.requests:,}", str(one.live), f"{one.tokens:,}", usd(one.amount_pico))
             for one in found.sessions[:rows]
@@ -78,26 +80,42 @@ class Glance:
         head_row = ("ENDED", "OUTCOME", "MODEL", "SESSION", "USER", "IN", "OUT", "COST (USD)")
         return lines + self._table(head_row, recent, left=5)
 
-    def _budget(self, status: BudgetStatus) -> str:
-        record = status.record
-        fullest = status.biggest[0] if status.biggest else None
-        spent, held = (fullest.spent, fullest.held) if fullest else (status.spent, status.held)
-        amounts = [shown_amount(amount, record.unit) for amount in (spent, held, record.limit_amount)]
-        if record.unit == "usd":
-            amounts = ["$" + usd(amount) for amount in (spent, held, record.limit_amount)]
-        who = f"  {', '.join(fullest.subject)}" if fullest and fullest.subject else ""
-        text = f"{amounts[0]} + {amounts[1]} of {amounts[2]}  "
-        name = self._cut(record.budget_id, 28).ljust(28)
-        rest = self._width - 2 - 28 - 2 - _BAR_WIDTH - 2 - len(text) - len(status.phase)
-        phase = self._paint(status.phase, _COLOURS.get(status.phase, "0"))
-        return f"  {name}  {self._bar(spent, held, record.limit_amount)}  {text}{phase}{self._cut(who, max(0, rest))}"
+    def _budgets(self, budgets: Sequence[BudgetStatus]) -> list[str]:
+        """A bar each, and its numbers in columns; where that is too wide, bars and then names are shorter."""
+        if not budgets:
+            return ["  none"]
+        rows = [("BUDGET", *_BUDGET_HEAD, ""), *(self._budget(one) for one in budgets)]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
+        numbers = sum(widths[1:]) + 2 * len(widths[1:])
+        name = min(widths[0], _NAME_WIDTH)
+        bar = max(_BAR_WIDTH_MIN, min(_BAR_WIDTH, self._width - 4 - name - numbers))
+        name = max(8, min(name, self._width - 4 - bar - numbers))
+        lines: list[str] = []
+        for row, status in zip(rows, [None, *budgets], strict=True):
+            cells = [cell.rjust(width) for cell, width in zip(row[1:-2], widths[1:-1], strict=True)]
+            phase = row[-2].ljust(widths[-1])
+            drawn = "USED".ljust(bar) if status is None else self._bar(*_fullest(status), bar)
+            line = f"  {self._cut(row[0], name).ljust(name)}  {drawn}  {'  '.join(cells)}  "
+            rest = self._width - len(line) - widths[-1] - 2
+            who = self._cut(row[-1], rest) if rest >= _WHO_WIDTH_MIN else ""
+            shown = self._paint(phase, _COLOURS[row[-2]]) if row[-2] in _COLOURS else phase
+            lines.append(f"{line}{shown}  {who}" if who else f"{line}{shown}".rstrip())
+        return lines
 
-    def _bar(self, spent: int, held: int, limit: int) -> str:
+    def _budget(self, status: BudgetStatus) -> tuple[str, ...]:
+        """Name, what is spent and held, the limit, the share that is spent, a word for it, and whose window it is."""
+        record, (spent, held, limit) = status.record, _fullest(status)
+        shown = ["$" + usd(amount) if record.unit == "usd" else f"{amount:,}" for amount in (spent, held, limit)]
+        share = f"{(200 * spent // limit + 1) // 2} %" if limit else "-"
+        who = ", ".join(status.biggest[0].subject) if status.biggest else ""
+        return (printable(record.budget_id), *shown, share, status.phase, who)
+
+    def _bar(self, spent: int, held: int, limit: int, width: int) -> str:
         """Spent and held apart; what is there at all has at least one mark."""
-        wide = 0 if not spent else max(1, min(_BAR_WIDTH, spent * _BAR_WIDTH // limit if limit else _BAR_WIDTH))
-        more = 0 if not held else max(1, held * _BAR_WIDTH // limit if limit else _BAR_WIDTH)
-        more = min(more, _BAR_WIDTH - wide)
-        return self._marks[0] * wide + self._marks[1] * more + self._marks[2] * (_BAR_WIDTH - wide - more)
+        wide = 0 if not spent else max(1, min(width, spent * width // limit if limit else width))
+        more = 0 if not held else max(1, held * width // limit if limit else width)
+        more = min(more, width - wide)
+        return self._marks[0] * wide + self._marks[1] * more + self._marks[2] * (width - wide - more)
 
     def _table(self, head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> list[str]:
         """Columns as wide as they need; where that is too much, the texts on the left are cut."""
@@ -123,6 +141,12 @@ class Glance:
 
     def _paint(self, text: str, code: str) -> str:
         return f"\x1b[{code}m{text}\x1b[0m" if self._colour else text
+
+
+def _fullest(status: BudgetStatus) -> tuple[int, int, int]:
+    """(spent, held, limit) of the subject that used most, or of the budget itself."""
+    of = status.biggest[0] if status.biggest else status
+    return of.spent, of.held, status.record.limit_amount
 
 
 def printable(text: str) -> str:

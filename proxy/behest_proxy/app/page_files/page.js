@@ -2,6 +2,7 @@
 "use strict";
 
 const EVERY_MS = 2000;
+const SEARCH_EVERY_MS = 10000;
 const TIMEOUT_MS = 15000;
 const SVG = "http://www.w3.org/2000/svg";
 const PLOT = { width: 1160, height: 220, left: 64, right: 6, top: 8, bottom: 24 };
@@ -12,6 +13,7 @@ const byId = (id) => document.getElementById(id);
 let range = "1h";
 let search = "";
 let asked = 0; // answers to older questions are dropped
+let searchedAt = 0;
 
 function element(name, className, text) {
   const made = document.createElement(name);
@@ -60,10 +62,15 @@ function empty(id, text) {
 }
 
 function showTiles(now) {
-  const since = "since " + moment(now.since);
+  const begin = new Date(now.since);
+  const today = begin.toDateString() === new Date(now.at).toDateString();
+  const time = begin.toLocaleTimeString(undefined, { hour: "2-digit", minute: "2-digit", hour12: false });
+  const day = begin.toLocaleDateString(undefined, { weekday: "short", day: "numeric", month: "short" });
+  const since = "since " + (today ? time : `${day}, ${time}`);
   byId("spent").textContent = "$" + usd(now.spent_usd);
   byId("spent").title = now.spent_usd + " USD";
   byId("spent-note").textContent = since;
+  byId("spent-note").title = moment(now.since);
   byId("live").textContent = count(now.live);
   byId("live-note").textContent = now.live ? "$" + usd(now.live_usd) + " so far" : "nothing runs";
   byId("ended").textContent = count(now.requests_ended);
@@ -159,7 +166,9 @@ function showBudgets(now) {
     const row = element("div", "row");
     const name = element("span", "name", one.budget);
     name.title = `${one.tenant}: ${one.budget}`;
-    row.append(name, element("span", "sums", `${amount(one.spent, one.unit)} of ${amount(one.limit, one.unit)}`));
+    const sums = element("span", "sums", `${amount(one.spent, one.unit)} of ${amount(one.limit, one.unit)}`);
+    sums.append(element("span", "share", `${(one.spent_share * 100).toFixed(0)} %`));
+    row.append(name, sums);
     const bar = svg("svg", {
       class: one.spent_share + one.held_share >= 0.999 ? "bar full" : "bar",
       viewBox: "0 0 1000 10",
@@ -254,14 +263,16 @@ async function refresh() {
   }
 }
 
-async function find() {
+// By itself it is asked again now and then: what cannot be had then leaves what is shown.
+async function find(again = false) {
   if (!search) return refresh();
   const wanted = search;
+  searchedAt = Date.now();
   try {
     const found = await ask(`page/sessions.json?range=${range}&q=${encodeURIComponent(wanted)}`);
     if (wanted === search) showSessions(found.sessions, true);
   } catch (error) {
-    if (wanted === search) {
+    if (wanted === search && !again) {
       fill("sessions", []);
       empty("sessions-empty", error.message);
     }
@@ -271,6 +282,7 @@ async function find() {
 async function forever() {
   for (;;) {
     if (!document.hidden) await refresh();
+    if (!document.hidden && search && Date.now() - searchedAt >= SEARCH_EVERY_MS) await find(true);
     await new Promise((resolve) => setTimeout(resolve, EVERY_MS));
   }
 }
@@ -279,7 +291,7 @@ let waiting = 0;
 byId("q").addEventListener("input", (event) => {
   search = event.target.value.trim();
   clearTimeout(waiting);
-  waiting = setTimeout(find, 300);
+  waiting = setTimeout(() => find(), 300);
 });
 byId("search").addEventListener("submit", (event) => {
   event.preventDefault();
