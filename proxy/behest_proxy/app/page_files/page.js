@@ -3,6 +3,7 @@
 
 const EVERY_MS = 2000;
 const SEARCH_EVERY_MS = 10000;
+const REST_FACTOR = 20; // the ledger rests for so many times as long as a search took
 const TIMEOUT_MS = 15000;
 const SVG = "http://www.w3.org/2000/svg";
 const PLOT = { width: 1160, height: 220, left: 64, right: 6, top: 8, bottom: 24 };
@@ -13,7 +14,7 @@ const byId = (id) => document.getElementById(id);
 let range = "1h";
 let search = "";
 let asked = 0; // answers to older questions are dropped
-let searchedAt = 0;
+let searchDueAt = 0;
 
 function element(name, className, text) {
   const made = document.createElement(name);
@@ -267,7 +268,7 @@ async function refresh() {
 async function find(again = false) {
   if (!search) return refresh();
   const wanted = search;
-  searchedAt = Date.now();
+  const began = Date.now();
   try {
     const found = await ask(`page/sessions.json?range=${range}&q=${encodeURIComponent(wanted)}`);
     if (wanted === search) showSessions(found.sessions, true);
@@ -277,12 +278,13 @@ async function find(again = false) {
       empty("sessions-empty", error.message);
     }
   }
+  searchDueAt = Date.now() + Math.max(SEARCH_EVERY_MS, REST_FACTOR * (Date.now() - began));
 }
 
 async function forever() {
   for (;;) {
     if (!document.hidden) await refresh();
-    if (!document.hidden && search && Date.now() - searchedAt >= SEARCH_EVERY_MS) await find(true);
+    if (!document.hidden && search && Date.now() >= searchDueAt) await find(true);
     await new Promise((resolve) => setTimeout(resolve, EVERY_MS));
   }
 }
