@@ -55,7 +55,7 @@ def chat(stack: Stack, browser: Browser) -> None:
 def _dark(browser: Browser, site: Site) -> None:
     options: dict[str, Any] = {"color_scheme": "dark"}
     with opened(browser, site, **options) as page:
-        for question in ("Compare the Free and Pro plans in a table.", "Write a token bucket in TypeScript."):
+        for question in ("Write a token bucket in TypeScript.", "Compare the Free and Pro plans in a table."):
             ask(page, question)
             expect(page.get_by_test_id("stop")).to_be_visible()
             ended(page)

@@ -28,7 +28,7 @@ export function usedOf(budget: Budget): number {
 export function amountText(amount: string | number, unit: string): string {
   const value = Number(amount);
   if (unit.toLowerCase() !== "usd") return `${Math.max(0, value).toLocaleString("en")} ${unit.replaceAll("_", " ")}`;
-  const digits = value !== 0 && Math.abs(value) < 0.1 ? 4 : 2;
+  const digits = value >= 0.00005 && value < 0.1 ? 4 : 2;
   return `$${Math.max(0, value).toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits })}`;
 }
 
@@ -44,8 +44,8 @@ export function BudgetMeter({ budget }: { budget: Budget | undefined }) {
       <span className="budget-text">
         <strong>{left}</strong> left
       </span>
-      <div className="meter" role="meter" aria-label="Budget used" aria-valuemin={0} aria-valuemax={100} aria-valuenow={Math.round(used * 100)} aria-valuetext={text}>
-        <div className="meter-used" style={{ inlineSize: `${Math.max(2, used * 100)}%` }} />
+      <div className="meter" role="meter" aria-label="Budget left" aria-valuemin={0} aria-valuemax={100} aria-valuenow={Math.round((1 - used) * 100)} aria-valuetext={text}>
+        <div className="meter-left" style={{ inlineSize: `${(1 - used) * 100}%` }} />
       </div>
     </div>
   );
