@@ -75,6 +75,8 @@ class Played(msgspec.Struct, frozen=True):
     """0 where no task took 50 ms."""
     heap_bytes: int
     """What the page keeps more than before, after a collection of garbage."""
+    heap_left_bytes: int
+    """The same when the reader has gone on to a new chat."""
     elements: int
     characters: int
 
@@ -121,24 +123,32 @@ def play(
     with opened(browser, site) as page:
         page.route("**/v1/chat/completions", tell)
         inner = page.context.new_cdp_session(page)
-        inner.send("HeapProfiler.collectGarbage")
-        before = inner.send("Runtime.getHeapUsage")["usedSize"]
+
+        def heap_bytes() -> int:
+            inner.send("HeapProfiler.collectGarbage")
+            return int(inner.send("Runtime.getHeapUsage")["usedSize"])
+
+        before = heap_bytes()
         with during or nullcontext():
             watch(page, reads_text=False)
             ask(page)
             page.evaluate(_ENDED)
             seen = watched(page)
-        inner.send("HeapProfiler.collectGarbage")
-        after = inner.send("Runtime.getHeapUsage")["usedSize"]
+        after = heap_bytes()
+        elements = page.evaluate("document.getElementsByTagName('*').length")
+        characters = page.get_by_test_id("text").evaluate("text => text.textContent.length")
+        page.get_by_test_id("new-chat").click()
+        page.get_by_test_id("welcome").wait_for()
         return Played(
             frames=len(seen.frames),
             median_ms=statistics.median(seen.frames),
             p99_ms=statistics.quantiles(seen.frames, n=100)[98],
             longest_ms=max(seen.frames),
             longest_task_ms=max(seen.tasks, default=0.0),
-            heap_bytes=int(after - before),
-            elements=page.evaluate("document.getElementsByTagName('*').length"),
-            characters=page.get_by_test_id("text").evaluate("text => text.textContent.length"),
+            heap_bytes=after - before,
+            heap_left_bytes=heap_bytes() - before,
+            elements=elements,
+            characters=characters,
         )
 
 
@@ -189,7 +199,7 @@ def _told(one: Played) -> str:
     return (
         f"{one.frames} frames: median {one.median_ms:.1f} ms, p99 {one.p99_ms:.1f} ms, longest {one.longest_ms:.1f} ms,"
         f" longest task {one.longest_task_ms:.0f} ms; kept {one.heap_bytes / 2**20:.1f} MiB, {one.elements} elements,"
-        f" {one.characters} characters"
+        f" {one.characters} characters, and {one.heap_left_bytes / 2**20:.1f} MiB after the next chat was opened"
     )
 
 

@@ -250,5 +250,6 @@ def test_fifty_thousand_tokens_keep_the_page_alive_and_small(browser: Browser, c
     played = play(browser, chat, interval_ms=1)
     assert project.settled(number=before + 1)[-1]["output_tokens"] >= TOKENS
     assert played.p99_ms < 1_000
-    assert played.heap_bytes < 100 * 2**20
+    assert played.heap_bytes < 40 * 2**20
+    assert played.heap_left_bytes < 20 * 2**20, "a chat that was left stays as its text only"
     assert played.elements < 40_000

@@ -259,6 +259,27 @@ def test_who_has_only_read_the_threads_messages_goes_on_where_the_broken_reply_e
     assert not any("last_event_id" in message for message in messages)
 
 
+def test_the_messages_of_a_thread_have_what_its_client_has_read_of_a_reply_that_is_still_under_way(
+    reader: Reader,
+) -> None:
+    path = f"/v1/threads/{reader.headers['X-Thread-Id']}/messages"
+    heard, looked = Heard(), 0
+    url, headers = reader.base_url + "/v1/chat/completions", {**reader.headers, "X-Event-Ids": "1"}
+    body = {"messages": [HI], "stream": True, "sim": {**SLOW, "chunk_interval_ms": 20}}
+    with httpx.stream("POST", url, headers=headers, json=body, timeout=30) as answer:
+        for line in answer.iter_lines():
+            heard.line(line)
+            if heard.text and heard.events in (2, 9, 30) and line.startswith("data: {"):
+                question, reply = reader.get(path).json()
+                assert question["content"] == "Hi"
+                assert reply["content"].startswith(heard.text)
+                assert TEXT.startswith(reply["content"])
+                assert int(reply["last_event_id"].partition("-")[2]) >= heard.events
+                looked += 1
+    assert looked == 3
+    assert heard.text == TEXT
+
+
 def test_a_whole_reply_is_replayed_from_any_event_and_costs_nothing(reader: Reader) -> None:
     heard = reader.stream(HI, more={"X-Event-Ids": "1"}, sim={"text": "All of it is here."})
     messages_of(reader, reader.headers["X-Thread-Id"], number=2)

@@ -1,5 +1,6 @@
 """`/v1/threads`: the caller's threads, their messages, and their deletion. Another user's thread is none."""
 
+import asyncio
 import time
 from typing import Any
 from urllib.parse import unquote
@@ -16,7 +17,7 @@ from behest_proxy.app.context import context_of
 from behest_proxy.app.gateway import Gateway
 from behest_proxy.app.messages import json_response
 from behest_proxy.app.replies import LOST
-from behest_proxy.app.turns import thread_key
+from behest_proxy.app.turns import ASK_AGAIN_S, thread_key
 from behest_proxy.chunk import loads
 from behest_proxy.errors import InvalidRequest, LedgerUnavailable, MethodNotAllowed, NotFound, ServerError
 from behest_proxy.identity.caller import is_session_id
@@ -24,6 +25,8 @@ from behest_proxy.threads import EventId, reply_of
 
 LIMIT_DEFAULT = 100
 LIMIT_MAX = threads.LISTED_MAX
+TURN_WRITTEN_S = 1.0
+"""It takes milliseconds, unless the store is away: then it is not waited for."""
 
 
 class ThreadEndpoints:
@@ -77,6 +80,7 @@ class ThreadEndpoints:
         limit, before = _limit(request), request.query_params.get("before")
         if before is not None and not (before.isascii() and before.isdigit() and len(before) < 10):
             raise InvalidRequest("before: must be a message's id", param="before")
+        await self._written(whose)
         try:
             if await threads.find_thread(self._pool, whose) is None:
                 raise _no_thread()
@@ -92,6 +96,12 @@ class ThreadEndpoints:
             raise _ledger_away() from None
         except SealingError as error:
             raise ServerError(f"the thread cannot be read here: {error}") from None
+
+    async def _written(self, whose: ThreadKey) -> None:
+        """Wait a moment until a turn that this process has taken is in the store: its client knows of it already."""
+        deadline_s = time.monotonic() + TURN_WRITTEN_S
+        while self._gateway.replies.is_unwritten(whose) and time.monotonic() < deadline_s:  # noqa: ASYNC110 - rare
+            await asyncio.sleep(ASK_AGAIN_S)
 
     async def _message(self, whose: ThreadKey, message: StoredMessage) -> dict[str, Any]:
         if message.state == "whole" and message.content is not None:
@@ -109,9 +119,10 @@ class ThreadEndpoints:
         return shown if end is None else {**shown, "last_event_id": str(end)}
 
     async def _unfinished(self, whose: ThreadKey, message: StoredMessage) -> tuple[dict[str, Any], EventId | None]:
-        """A reply as far as it is written, and the event that its text ends with; None where it cannot go on.
+        """A reply as far as it is known, and the event that its text ends with; None where it cannot go on.
 
-        Its events come before its own content: that is of the attempt before, while another one is under way.
+        Its events come before its own content: that is of the attempt before, while another one is under way. What this
+        process has not written yet is in its memory: who loads a page anew sees what he had read.
         """
         generation_id = message.generation_id
         if generation_id is None:
@@ -119,6 +130,9 @@ class ThreadEndpoints:
         events, ending = await replay.load_events(
             self._pool, self._gateway.replies.vault, tenant_id=whose.tenant_id, generation_id=generation_id
         )
+        running = self._gateway.replies.running.get(generation_id)
+        if running is not None and not running.is_lossy and running.first_event - 1 <= len(events) < running.count:
+            events += running.events_after(len(events))
         is_lost = message.state == "whole" or ending == LOST
         if events or message.content is None:
             return reply_of(events), None if is_lost or not events else EventId(generation_id, len(events))
