@@ -11,12 +11,14 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
+import httpx
 import pytest
 
 from behest_ledger.configuration.manifests import InvalidManifestsError, from_object
 from behest_ledger.store import holds
 from behest_ledger.store.errors import LedgerForbiddenError
 from behest_ledger.store.pool import connect
+from behest_proxy.cli.preflight import free_port
 from cluster.control_plane import CommandFailed, ControlPlane
 from cluster.operator_process import OperatorProcess, condition, eventually
 from cluster.resources import forget_resources, install_crds
@@ -82,7 +84,10 @@ def operator(
         dsn=database,
         kubeconfig=control_plane.kubeconfig_of("operator", namespace),
         log=folder / "operator.log",
-        environment={"BEHEST_MASTER_KEY_FILE": str(folder / "master-key")},
+        environment={
+            "BEHEST_MASTER_KEY_FILE": str(folder / "master-key"),
+            "BEHEST_METRICS_BIND": f"127.0.0.1:{free_port(0)}",
+        },
     )
     process.start()
     yield process
@@ -134,6 +139,23 @@ def test_what_is_applied_is_in_the_ledger_and_its_status_says_so(
     assert table.split()[:8] == ["NAME", "SCOPE", "LIMIT", "SPENT", "HELD", "REMAINING", "WINDOW", "PHASE"]
     assert "project=shop per session" in table
     assert "0.5 USD" in table
+
+
+def test_it_tells_how_every_budget_does_and_what_it_has_carried_into_the_ledger(
+    control_plane: ControlPlane, operator: OperatorProcess
+) -> None:
+    namespace = control_plane.namespace()
+    control_plane.apply(project(namespace), budget(namespace))
+    labels = f'behest_budget="{namespace}/sessions",behest_tenant="{namespace}",behest_unit="usd"'
+    url = f"http://{operator.environment['BEHEST_METRICS_BIND']}/metrics"
+    # The keeper looks every fifteen seconds.
+    text = eventually(
+        lambda: (page := httpx.get(url).text) and f"behest_budget_limit{{{labels}}} 0.5\n" in page and page
+    )
+    assert f"behest_budget_remaining{{{labels}}} 0.5\n" in text
+    for kind in ("Project", "Budget"):
+        assert f'behest_operator_reconciles_total{{behest_kind="{kind}",behest_result="accepted"}} 1.0\n' in text
+    assert 'behest_keeper_rounds_total{behest_result="worked"}' in text
 
 
 def test_a_changed_limit_reaches_the_ledger_and_a_changed_unit_is_refused(

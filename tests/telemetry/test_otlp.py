@@ -1,5 +1,6 @@
 """A real sidecar pushes to a real OTLP receiver: the spans hang together, the metrics say what the ledger says."""
 
+import asyncio
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,12 +10,17 @@ import httpx
 import pytest
 
 from behest_ledger.telemetry.names import ATTRIBUTES
-from conftest import Server, own_database
-from stack import Project, Stack, running_stack, wait_until
+from conftest import Server, execute, own_database
+from stack import BEHEST, Project, Stack, process, running_stack, wait_until
 from telemetry.receiver import Received, grpc_receiver, http_receiver, points, values
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 QUESTION = [{"role": "user", "content": "Tell me a story."}]
+ONE_BUDGET = (
+    "INSERT INTO ledger.budget (tenant_id, budget_id, namespace, name, scope, per, unit, limit_amount, period,"
+    " alignment, time_zone, enforcement) VALUES ('acme', 'demo/money', 'demo', 'money', '{}', '{}', 'usd', 2500000000000, 'month',"
+    " 'calendar', 'UTC', 'hard')"
+)
 FAST = {"OTEL_METRIC_EXPORT_INTERVAL": "200", "OTEL_BSP_SCHEDULE_DELAY": "100", "BEHEST_LOG_FORMAT": "json"}
 
 
@@ -211,3 +217,21 @@ def test_what_is_left_at_the_end_is_told(template: Server, tmp_path: Path) -> No
         assert stack.sidecar.wait(12) == 0
         spans_of(received, trace)
         assert "behest.cost" in received.metrics()
+
+
+def test_a_keeper_pushes_how_the_books_stand_under_a_name_of_its_own(template: Server, tmp_path: Path) -> None:
+    with http_receiver() as received, own_database(template, "kept") as dsn:
+        asyncio.run(execute(dsn, ONE_BUDGET))
+        arguments = [*BEHEST, "ledger", "keep", "--interval", "0.1", "--database-url", dsn]
+        environment = {**FAST, "OTEL_EXPORTER_OTLP_ENDPOINT": received.endpoint}
+        with process(arguments, environment=environment, log=tmp_path / "keeper.log") as keeper:
+            found = wait_until(lambda: received.metrics().get("behest.budget.limit"), what="a budget")
+            keeper.terminate()
+            assert keeper.wait(12) == 0
+    (point,) = points(found)
+    assert (values(point.attributes), point.as_double) == (
+        {"behest.tenant": "acme", "behest.budget": "demo/money", "behest.unit": "usd"},
+        2.5,
+    )
+    assert {one["service.name"] for one in received.resources()} == {"behest-keeper"}
+    assert received.spans == []
