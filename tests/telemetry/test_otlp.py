@@ -18,8 +18,8 @@ TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 QUESTION = [{"role": "user", "content": "Tell me a story."}]
 ONE_BUDGET = (
     "INSERT INTO ledger.budget (tenant_id, budget_id, namespace, name, scope, per, unit, limit_amount, period,"
-    " alignment, time_zone, enforcement) VALUES ('acme', 'demo/money', 'demo', 'money', '{}', '{}', 'usd', 2500000000000, 'month',"
-    " 'calendar', 'UTC', 'hard')"
+    " alignment, time_zone, enforcement) VALUES ('acme', 'demo/money', 'demo', 'money', '{}', '{}', 'usd',"
+    " 2500000000000, 'month', 'calendar', 'UTC', 'hard')"
 )
 FAST = {"OTEL_METRIC_EXPORT_INTERVAL": "200", "OTEL_BSP_SCHEDULE_DELAY": "100", "BEHEST_LOG_FORMAT": "json"}
 
