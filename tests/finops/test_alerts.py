@@ -83,11 +83,16 @@ CASES: dict[str, tuple[str, Series, dict[str, list[dict[str, str]]]]] = {
             **budget("hasty", "0+0.05x900"),
             **budget("even", "0+0.002x900"),
             # Its burst is over: an hour sees it still, five minutes do not.
-            **budget("calmed", "0+0.05x80 4x900"),
-            # Half is gone already when somebody begins to look.
-            **budget("found", "50+0.002x900"),
+            **budget("calmed", "0+0.05x80 4+0.002x900"),
+            # Half is gone already when somebody begins to look: of the last hour nothing is known for an hour.
+            **budget("found", "50+0.05x900", resets=f"{MONTH_S - 10 * HOUR_S}x900"),
         },
-        {"58m": [], "62m": [of_budget("calmed"), of_budget("hasty")], "90m": [of_budget("hasty")]},
+        {
+            "30m": [],
+            "58m": [],
+            "62m": [of_budget("calmed"), of_budget("found"), of_budget("hasty")],
+            "90m": [of_budget("found"), of_budget("hasty")],
+        },
     ),
     "a budget whose window begins, whose keeper changes or that is corrected": (
         "BehestBudgetBurnFast",
