@@ -102,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
         "--case", action="append", choices=[case.name for case in chunk.CASES], help="only this case (repeatable)"
     )
     parser.add_argument("--gateway", action="append", help="of `field`: only this one (repeatable)")
+    parser.add_argument("--write", action="store_true", help="of `field`: write docs/field.md in any case")
     return parser
 
 
@@ -171,7 +172,7 @@ def _field(arguments: argparse.Namespace, folder: Path, say: Callable[[str], Non
     load = f"Load of the machine: {before:.1f} before, {os.getloadavg()[0]:.1f} at the end, this run's own included."
     text = field_page.page(figures, command=command, machine=_machine(), load=load)
     print("\n" + text)
-    if not arguments.quick and not arguments.gateway:
+    if arguments.write or not (arguments.quick or arguments.gateway):
         docs = Path(__file__).resolve().parent.parent / "docs"
         (docs / field_page.PAGE).write_text(text, encoding="utf-8")
         (docs / field_page.PICTURE).write_text(field_page.picture(figures), encoding="utf-8")
