@@ -64,8 +64,13 @@ MATRIX: dict[str, tuple[str, ...]] = {
     ),
 }
 """What `--set-string` or `--set` gets, by a name for people. Where a value could be read as null or a number, it is."""
-_LITERAL = {"gateway.providerKeysSecretName", "masterKey.secretName", "masterKey.secretKey", "image.pullSecrets"}
-_LITERAL |= {"telemetry.headers.secretKey"}
+_LITERAL = {
+    "gateway.providerKeysSecretName",
+    "masterKey.secretName",
+    "masterKey.secretKey",
+    "image.pullSecrets",
+    "telemetry.headers.secretKey",
+}
 
 WRONG: dict[tuple[str, ...], str] = {
     ("database.external.secretName=ledger",): "set trial.enabled to false, or leave external.secretName empty",
