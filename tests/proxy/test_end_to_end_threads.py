@@ -67,10 +67,8 @@ def test_a_client_that_sends_everything_again_is_not_heard_twice(reader: Reader)
 
 
 def test_the_window_of_memory_is_the_projects_and_begins_with_a_question(reader: Reader) -> None:
-    thread = reader.headers["X-Thread-Id"]
     for number in range(5):
         reader.ask({"role": "user", "content": f"question {number}"}, sim={"text": f"Answer {number}."})
-        messages_of(reader, thread, number=2 * number + 2)
     answer = reader.ask({"role": "user", "content": "last"}, sim={"text": "Done."})
     sent = texts(sent_to_the_provider(reader.project, answer))
     assert sent[:2] == [("system", "You are kind."), ("user", "question 2")]
@@ -170,6 +168,17 @@ def test_what_a_thread_cannot_do_is_refused_by_name(
     answer = reader.ask(HI, more=more, **body)
     assert answer.status_code == status, answer.text
     assert answer.json()["error"]["code"] == ("cannot_continue" if status == 409 else "validation_error")
+
+
+@pytest.mark.parametrize("more", [{}, {"stream": True}], ids=["whole", "streamed"])
+def test_who_has_the_answer_finds_it_in_the_thread_at_once(reader: Reader, more: dict[str, Any]) -> None:
+    for number in range(1, 6):
+        reader.ask({"role": "user", "content": f"Question {number}"}, sim={"text": "Yes."}, **more)
+        messages = reader.get(f"/v1/threads/{reader.headers['X-Thread-Id']}/messages").json()
+        assert len(messages) == 2 * number
+        assert messages[-1]["complete"] is True
+        assert messages[-1]["content"]
+        assert "last_event_id" not in messages[-1]
 
 
 # Reconnecting

@@ -130,8 +130,10 @@ class Replies:
             self._wake.set()
 
     def is_unwritten(self, thread: ThreadKey) -> bool:
-        """Whether this process gives a reply in this thread of which the store knows nothing yet."""
-        return any(one.new_messages is not None and one.thread == thread for one in self._dirty)
+        """Whether this process knows of a turn in this thread, or of the end of a reply, that the store does not."""
+        return any(
+            one.thread == thread and (one.new_messages is not None or one.state != "running") for one in self._dirty
+        )
 
     def given_up(self, generation: Generation, error: ShownError | None) -> None:
         """Its call failed before it was under way: a reply that goes on stays as broken as it was."""

@@ -98,7 +98,7 @@ class ThreadEndpoints:
             raise ServerError(f"the thread cannot be read here: {error}") from None
 
     async def _written(self, whose: ThreadKey) -> None:
-        """Wait a moment until a turn that this process has taken is in the store: its client knows of it already."""
+        """Wait a moment until what this process took, or ended, is in the store: its client knows of it already."""
         deadline_s = time.monotonic() + TURN_WRITTEN_S
         while self._gateway.replies.is_unwritten(whose) and time.monotonic() < deadline_s:  # noqa: ASYNC110 - rare
             await asyncio.sleep(ASK_AGAIN_S)

@@ -290,7 +290,7 @@ class Turns:
         request, last_event = call.request, call.asked.last_event
         deadline_s = time.monotonic() + TAKE_OVER_S
         while True:
-            # Who lost its connection at the first words asks again before they are written.
+            # Who lost its connection at the first words, or has the last ones, asks before they are written.
             while self._replies.is_unwritten(whose) and time.monotonic() < deadline_s:  # noqa: ASYNC110 - a rare case
                 await asyncio.sleep(ASK_AGAIN_S)
             messages = await threads.load_messages(
