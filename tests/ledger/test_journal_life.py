@@ -213,7 +213,7 @@ class Life(RuleBasedStateMachine):
 
 
 def test_any_life_of_a_journal_is_like_its_model() -> None:
-    run_state_machine_as_test(Life, settings=settings(max_examples=40, stateful_step_count=60, deadline=None))
+    run_state_machine_as_test(Life, settings=settings(max_examples=30, stateful_step_count=60, deadline=None))
 
 
 class Killed(BaseException):

@@ -305,7 +305,7 @@ def test_the_books_agree_with_a_model_whatever_is_done_in_whatever_order(dsn: st
     run_state_machine_as_test(
         here,
         settings=settings(
-            max_examples=15,
+            max_examples=10,
             stateful_step_count=40,
             deadline=None,
             suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],

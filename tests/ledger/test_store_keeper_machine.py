@@ -274,7 +274,7 @@ def test_the_books_agree_with_a_model_whoever_dies_and_whoever_comes_back(dsn: s
     run_state_machine_as_test(
         type("Here", (Keeping,), {"dsn": dsn}),
         settings=settings(
-            max_examples=15,
+            max_examples=10,
             stateful_step_count=40,
             deadline=None,
             suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],

@@ -144,7 +144,7 @@ def test_any_batch_moves_what_the_first_settle_moved(dsn: str) -> None:
             await change.rollback()
             await connection.close()
 
-    @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @example(  # two that cost more than they hold, and room for less than both
         [Request("acme", "ann", 0, 10, "open")] * 2, [Item(0, 0, 60, True), Item(1, 0, 60, True)], {}
     )
