@@ -218,7 +218,7 @@ def test_clients_with_ids_that_lose_their_connections_again_and_again_read_the_u
     names = [f"cut-{case}" for case in range(20)]
     with ThreadPoolExecutor(6) as pool:
         cuts = list(pool.map(cut_again_and_again, repeat(project), names, map(random.Random, names)))
-    assert sum(cuts) >= 30
+    assert sum(cuts) >= 20
     rows = stack.query(
         "SELECT attributes ->> 'thread' AS thread, sum(output_tokens) AS output, count(*) AS requests"
         " FROM ledger.request_now WHERE project_id = $1 GROUP BY 1",
