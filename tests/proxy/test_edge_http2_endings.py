@@ -1,6 +1,7 @@
 """Resets, closed connections, broken frames, floods and idleness at the edge."""
 
 import asyncio
+import socket
 from contextlib import suppress
 from typing import Any
 
@@ -146,6 +147,51 @@ def test_an_idle_connection_is_closed_with_goaway_and_a_live_one_is_not() -> Non
             assert (await client.get("/slow")).body == b"ok"
             await until(lambda: client.closed)
             assert client.goaways == [(1, 0)]
+
+    run(main())
+
+
+_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"")
+LAST_WORDS = {
+    "the client said goodbye": frame(7, 0, 0, bytes(8)),
+    "the client broke the protocol": frame(8, 0, 0, bytes(4)),  # WINDOW_UPDATE of 0
+    "the connection was idle": b"",
+}
+
+
+@LOOPS
+@pytest.mark.parametrize("why", LAST_WORDS)
+def test_what_a_client_sends_into_our_close_is_no_reason_for_a_reset(loop: str, why: str) -> None:
+    """A reset could overtake our GOAWAY, and with it the word of which requests nobody took."""
+
+    async def main() -> None:
+        limits = EdgeLimits(idle_timeout_s=0.2)
+        async with running(application(echo), limits=limits) as server:
+            events = asyncio.get_running_loop()
+            with socket.create_connection(("127.0.0.1", server.port)) as client:
+                client.setblocking(False)
+                await events.sock_sendall(client, _GREETING + LAST_WORDS[why])
+                while await events.sock_recv(client, 65_536):
+                    pass
+                for _ in range(3):
+                    await events.sock_sendall(client, frame(6, 0, 0, b"12345678"))
+                    await asyncio.sleep(0.02)
+                assert await events.sock_recv(client, 65_536) == b""
+                assert client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
+
+    run(main(), loop=loop)
+
+
+def test_a_client_that_never_closes_its_side_keeps_its_place_no_longer_than_we_linger() -> None:
+    async def main() -> None:
+        limits = EdgeLimits(connections=1, linger_timeout_s=0.1, close_timeout_s=0.1)
+        async with running(application(echo), limits=limits) as server, raw_tcp(server.port) as (reader, writer):
+            writer.write(_GREETING + LAST_WORDS["the client said goodbye"])
+            await reader.read()
+            status = 0
+            while status != 200:
+                async with raw_h2(server.port) as client:
+                    status = (await client.get("/")).status
 
     run(main())
 

@@ -24,6 +24,7 @@ class ClientConnection(asyncio.Protocol, ABC):
         self.write_paused = False
         self.is_open = False
         self._timer: asyncio.TimerHandle | None = None
+        self._lingering_bytes: int | None = None  # None: not lingering; else what may still be dropped
 
     # --- what each version of HTTP does its own way
 
@@ -96,6 +97,29 @@ class ClientConnection(asyncio.Protocol, ABC):
             self.is_open = False
             self.transport.close()
             self._call_later(self.host.limits.close_timeout_s, self.abort)
+
+    def _linger(self) -> None:
+        """Close our side behind what is buffered, and drop for a while what the client still sends.
+
+        Closing a socket with unread bytes makes the kernel send a reset, which can overtake our last words.
+        """
+        if self.is_open:
+            self.is_open = False
+            self._lingering_bytes = self.host.limits.linger_bytes
+            if self.transport.can_write_eof():  # TLS has no half of a close
+                self.transport.write_eof()
+            self._call_later(self.host.limits.linger_timeout_s, self._lingered)
+
+    def _lingered(self) -> None:
+        self.is_open = True
+        self._close()
+
+    def _drop(self, data: bytes) -> None:
+        """What came behind our close: read, so that no reset is sent, but not without end."""
+        if self._lingering_bytes is not None:
+            self._lingering_bytes -= len(data)
+            if self._lingering_bytes < 0:
+                self.abort()
 
     def _call_later(self, delay_s: float, callback: Callable[[], None]) -> None:
         """Set the timer, in place of what it was set to."""

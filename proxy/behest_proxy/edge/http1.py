@@ -31,7 +31,6 @@ class Http1Connection(ClientConnection):
         self._requests = 0
         self._pipelined = bytearray()
         self._reading = True
-        self._lingering_bytes: int | None = None  # None: not lingering; else what may still be dropped
         self._head_begun = False
 
     # --- asyncio.Protocol
@@ -43,12 +42,8 @@ class Http1Connection(ClientConnection):
 
     def data_received(self, data: bytes) -> None:
         """One read: body of the running request, a new request, or a pipelined one that has to wait."""
-        if self._lingering_bytes is not None:
-            self._lingering_bytes -= len(data)
-            if self._lingering_bytes < 0:
-                self.abort()
-            return
         if not self.is_open:
+            self._drop(data)
             return
         if self._pipelined or (self.stream is not None and self.machine.their_state is not h11.SEND_BODY):
             self._pipelined += data
@@ -75,7 +70,7 @@ class Http1Connection(ClientConnection):
     def advance(self) -> None:
         """Take out of `h11` what is there, as far as the application keeps up."""
         limit = self.host.limits.request_window_bytes
-        while self.is_open and self._lingering_bytes is None:
+        while self.is_open:
             if self.stream is not None and self.stream.unread_bytes >= limit:
                 self._pause_reading()
                 return
@@ -195,7 +190,7 @@ class Http1Connection(ClientConnection):
     def drain(self) -> None:
         """Close after the running request; at once without one."""
         self.last_request = True
-        if self.stream is None and self.is_open and self._lingering_bytes is None and not self._head_begun:
+        if self.stream is None and self.is_open and not self._head_begun:
             self._close()
 
     def cut(self) -> None:
@@ -211,15 +206,8 @@ class Http1Connection(ClientConnection):
             stream.lose()
 
     def _linger(self) -> None:
-        """Close our side, and drop for a while what the client still sends.
-
-        Closing a socket with unread bytes makes the kernel send a reset, which can overtake the answer.
-        """
-        self._lingering_bytes = self.host.limits.linger_bytes
         self._resume_reading()
-        self._set_timer(self.host.limits.linger_timeout_s)
-        if self.transport.can_write_eof():
-            self.transport.write_eof()
+        super()._linger()
 
     def _set_timer(self, delay_s: float) -> None:
         self._call_later(delay_s, self._timed_out)
@@ -228,8 +216,6 @@ class Http1Connection(ClientConnection):
         self._timer = None
         if not self.is_open or self.transport.get_write_buffer_size():
             self.abort()  # closing would wait for a client that takes nothing
-        elif self._lingering_bytes is not None:
-            self._close()
         elif self._head_begun:
             self._refuse(408, "the request's head took too long")
         else:

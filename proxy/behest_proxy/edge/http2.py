@@ -77,6 +77,7 @@ class Http2Connection(ClientConnection):
     def data_received(self, data: bytes) -> None:
         """One read: parse it whole, handle its events, start the applications of new requests."""
         if not self.is_open:
+            self._drop(data)
             return
         flood = self._guard.admit(data, self.host.loop.time())
         if flood is not None:
@@ -319,7 +320,11 @@ class Http2Connection(ClientConnection):
 
     def _close_if_done(self) -> None:
         """Close once nothing runs and no further request can come."""
-        if self.is_open and not self.streams and (self._refusing or self._client_left):
+        if self.streams:
+            return
+        if self._client_left:
+            self._linger()
+        elif self._refusing and self.is_open:
             self._close()
 
     def cut(self) -> None:
@@ -328,7 +333,6 @@ class Http2Connection(ClientConnection):
             stream.cut()
         if self.is_open:
             self.machine.queue_goaway(last_stream_id=self.machine.highest_inbound_stream_id)
-            self.flush()
             self._close()
 
     def _calm(self, flood: str) -> None:
@@ -337,13 +341,12 @@ class Http2Connection(ClientConnection):
         self.machine.queue_goaway(
             last_stream_id=self.machine.highest_inbound_stream_id, error_code=ErrorCodes.ENHANCE_YOUR_CALM
         )
-        self._close()
+        self._linger()
         self._lose()
 
     def _fail(self) -> None:
         """The client broke the protocol: `h2` has queued the GOAWAY that says how."""
-        self.flush()
-        self._close()
+        self._linger()
         self._lose()
 
     def _lose(self) -> None:
@@ -358,6 +361,13 @@ class Http2Connection(ClientConnection):
         self.flush()  # GOAWAY, or the last frames of streams
         super()._close()
 
+    def _linger(self) -> None:
+        if self.transport.can_write_eof():
+            self.flush()  # likewise
+            super()._linger()
+        else:
+            self._close()  # TLS reads on by itself until the client has confirmed the end
+
     def _look_whether_idle(self) -> None:
         """One timer per connection, set anew only when it fires: requests come far more often."""
         now = self.host.loop.time()
@@ -365,7 +375,6 @@ class Http2Connection(ClientConnection):
         due = (now if self.streams else self._idle_since) + idle_s
         if due <= now:
             self.machine.queue_goaway(last_stream_id=self.machine.highest_inbound_stream_id)
-            self.flush()
-            self._close()
+            self._linger()  # a request that crosses this GOAWAY must learn that nobody took it
         else:
             self._timer = self.host.loop.call_at(due, self._look_whether_idle)

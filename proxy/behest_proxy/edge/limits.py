@@ -82,8 +82,9 @@ class EdgeLimits:
     """From our close to the socket's end; then it is aborted."""
 
     linger_timeout_s: float = 2.0
-    """HTTP/1.1, after an answer that came before the body's end: so long the rest is read and dropped, because
-    closing with unread bytes makes the kernel send a reset that can destroy the answer (RFC 9112, 9.6)."""
+    """Where we end a connection on which the client may still send (an answer before the body's end, an error of
+    HTTP/2): so long that is read and dropped, because closing with unread bytes makes the kernel send a reset that
+    can destroy our last words (RFC 9112, 9.6)."""
 
     linger_bytes: int = 4096 * KIB
     """At most so much of such a rest."""
