@@ -56,7 +56,6 @@ class UpstreamClient:
         Raises ValueError for a request that must not reach a wire (CR or LF in a header, a relative URL ...).
         """
         prepared = prepare(request)
-        self._moderation.watch()
         call = LiveCall(prepared, handler, loop=asyncio.get_running_loop(), requeue=self._submit)
         self._submit(call)
         return call

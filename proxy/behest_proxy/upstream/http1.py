@@ -154,8 +154,8 @@ class Http1Connection(asyncio.Protocol):
             call.data(payload)
             moderation = self._moderation
             moderation.reads += 1
-            if moderation.may_hold:
-                moderation.hold()
+            if moderation.attentive:
+                moderation.after_read()
         if self._body.complete and self._call is call:
             self._finish(call)
 

@@ -391,8 +391,8 @@ class Http2Connection(asyncio.Protocol):
         for stream in touched:
             self._deliver(stream)
         self._moderation.reads += len(touched)
-        if self._moderation.may_hold:
-            self._moderation.hold()
+        if self._moderation.attentive:
+            self._moderation.after_read()
 
     def _deliver(self, stream: Stream) -> None:
         if stream.parts:

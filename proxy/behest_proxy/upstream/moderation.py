@@ -20,33 +20,31 @@ TOGETHER_MIN = 4
 class Moderation:
     """Holds the loop's next turn back until `interval_s` after the one before. It belongs to one event loop."""
 
-    __slots__ = ("_interval_s", "_is_busy", "_is_watching", "_turn_s", "may_hold", "reads", "urgent")
+    __slots__ = ("_interval_s", "_is_busy", "_is_watching", "_turn_s", "attentive", "reads", "urgent")
 
     def __init__(self, interval_s: float = 0.0) -> None:
         """0: nothing is ever held back."""
         self._interval_s = interval_s
         self.reads = 0
-        """Reads that streams had since it was last looked at. Whoever reads counts it up and looks at `may_hold`."""
-        self.may_hold = False
-        """The streams are busy, and this turn is not held back yet: `hold` is to be called."""
+        """Reads that streams had since it was last looked at. Whoever reads counts it up, then looks at `attentive`."""
+        self.attentive = interval_s > 0
+        """`after_read` is to be called: the streams are busy and this turn is not held back yet, or nobody watches."""
         self.urgent = 0
         """So much is under way for which a millisecond counts: meanwhile nothing is held back."""
         self._is_busy = False
         self._is_watching = False
         self._turn_s = 0.0
 
-    def watch(self) -> None:
-        """A stream begins: look how busy they are, until none says anything any more."""
-        if not self._is_watching and self._interval_s:
-            self._is_watching = True
-            asyncio.get_running_loop().call_later(PERIOD_S, self._look)
-
-    def hold(self) -> None:
-        """Sleep when what was read in this turn of the loop has left."""
-        self.may_hold = False
+    def after_read(self) -> None:
+        """Sleep when what was read in this turn of the loop has left; or, after a silence, begin to watch."""
+        self.attentive = False
         loop = asyncio.get_running_loop()
-        # In the next turn frames that wait for each other go to their transports, and behind it out of the process.
-        loop.call_soon(loop.call_soon, self._sleep)
+        if self._is_watching:
+            # In the next turn frames that wait for each other go to their transports, and behind it out of the process.
+            loop.call_soon(loop.call_soon, self._sleep)
+        else:
+            self._is_watching = True
+            loop.call_later(PERIOD_S, self._look)
 
     def _sleep(self) -> None:
         now_s = time.monotonic()
@@ -55,13 +53,14 @@ class Moderation:
             time.sleep(until_s - now_s)  # the loop's own thread, on purpose
             now_s = until_s
         self._turn_s = now_s
-        self.may_hold = self._is_busy
+        self.attentive = self._is_busy or not self._is_watching
 
     def _look(self) -> None:
+        """Every so often, until the streams have been silent for a while."""
         was_busy, self._is_busy = self._is_busy, self.reads * self._interval_s >= TOGETHER_MIN * PERIOD_S
-        if was_busy != self._is_busy:
-            self.may_hold = self._is_busy
         self._is_watching = self.reads > 0
+        if was_busy != self._is_busy or not self._is_watching:  # otherwise this turn may be held back already
+            self.attentive = self._is_busy or not self._is_watching
+        self.reads = 0
         if self._is_watching:
-            self.reads = 0
             asyncio.get_running_loop().call_later(PERIOD_S, self._look)
