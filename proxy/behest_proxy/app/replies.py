@@ -7,6 +7,7 @@ replay, and the reply says so (`cannot_continue`) instead of going on with a gap
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
 from uuid import UUID
 
@@ -28,6 +29,7 @@ from behest_proxy.threads import encoded, reply_of
 logger = logging.getLogger(__name__)
 
 WRITE_S = 0.5
+ASK_AGAIN_S = 0.05
 PIECES_MAX = 200
 PIECES_BYTES_MAX = 4 * 1024 * 1024
 MEMORY_BYTES_MAX = 64 * 1024 * 1024
@@ -129,8 +131,16 @@ class Replies:
         if generation.state != "running" or generation.new_messages is not None:
             self._wake.set()
 
-    def is_unwritten(self, thread: ThreadKey) -> bool:
-        """Whether this process knows of a turn in this thread, or of the end of a reply, that the store does not."""
+    async def written(self, thread: ThreadKey, *, timeout_s: float) -> None:
+        """Wait until the store knows of each turn in this thread, and each end of a reply, of which this process does.
+
+        It takes milliseconds. After `timeout_s` it is not waited for any longer.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        while self._is_unwritten(thread) and time.monotonic() < deadline_s:  # noqa: ASYNC110 - a rare case
+            await asyncio.sleep(ASK_AGAIN_S)
+
+    def _is_unwritten(self, thread: ThreadKey) -> bool:
         return any(
             one.thread == thread and (one.new_messages is not None or one.state != "running") for one in self._dirty
         )

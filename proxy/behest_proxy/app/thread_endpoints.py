@@ -1,6 +1,5 @@
 """`/v1/threads`: the caller's threads, their messages, and their deletion. Another user's thread is none."""
 
-import asyncio
 import time
 from typing import Any
 from urllib.parse import unquote
@@ -17,7 +16,7 @@ from behest_proxy.app.context import context_of
 from behest_proxy.app.gateway import Gateway
 from behest_proxy.app.messages import json_response
 from behest_proxy.app.replies import LOST
-from behest_proxy.app.turns import ASK_AGAIN_S, thread_key
+from behest_proxy.app.turns import thread_key
 from behest_proxy.chunk import loads
 from behest_proxy.errors import InvalidRequest, LedgerUnavailable, MethodNotAllowed, NotFound, ServerError
 from behest_proxy.identity.caller import is_session_id
@@ -26,7 +25,7 @@ from behest_proxy.threads import EventId, reply_of
 LIMIT_DEFAULT = 100
 LIMIT_MAX = threads.LISTED_MAX
 TURN_WRITTEN_S = 1.0
-"""It takes milliseconds, unless the store is away: then it is not waited for."""
+"""Its client knows of it already. If the store is away it is not waited for longer."""
 
 
 class ThreadEndpoints:
@@ -80,7 +79,7 @@ class ThreadEndpoints:
         limit, before = _limit(request), request.query_params.get("before")
         if before is not None and not (before.isascii() and before.isdigit() and len(before) < 10):
             raise InvalidRequest("before: must be a message's id", param="before")
-        await self._written(whose)
+        await self._gateway.replies.written(whose, timeout_s=TURN_WRITTEN_S)
         try:
             if await threads.find_thread(self._pool, whose) is None:
                 raise _no_thread()
@@ -96,12 +95,6 @@ class ThreadEndpoints:
             raise _ledger_away() from None
         except SealingError as error:
             raise ServerError(f"the thread cannot be read here: {error}") from None
-
-    async def _written(self, whose: ThreadKey) -> None:
-        """Wait a moment until what this process took, or ended, is in the store: its client knows of it already."""
-        deadline_s = time.monotonic() + TURN_WRITTEN_S
-        while self._gateway.replies.is_unwritten(whose) and time.monotonic() < deadline_s:  # noqa: ASYNC110 - rare
-            await asyncio.sleep(ASK_AGAIN_S)
 
     async def _message(self, whose: ThreadKey, message: StoredMessage) -> dict[str, Any]:
         if message.state == "whole" and message.content is not None:

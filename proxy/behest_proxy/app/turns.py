@@ -22,7 +22,7 @@ from behest_ledger.store.pool import Connection
 from behest_ledger.store.replay import Claimed
 from behest_ledger.store.threads import StoredMessage, ThreadKey
 from behest_proxy.app.generation import Generation
-from behest_proxy.app.replies import ANSWER, LOST, STREAM, Held, Replies, stored_answer
+from behest_proxy.app.replies import ANSWER, ASK_AGAIN_S, LOST, STREAM, Held, Replies, stored_answer
 from behest_proxy.error_codes import ErrorCode
 from behest_proxy.errors import Conflict, InvalidRequest, LedgerUnavailable, ServerError
 from behest_proxy.identity.caller import Caller, is_session_id
@@ -49,7 +49,6 @@ from behest_proxy.tokens import counter_for
 
 TAKE_OVER_S = 2.0
 """A sidecar that lives stops within half of it when its reply is wanted; one that does not is not waited for longer."""
-ASK_AGAIN_S = 0.05
 FRESH_S = 5.0
 """A reply so young may be under way in another sidecar, and not be written yet."""
 
@@ -291,8 +290,7 @@ class Turns:
         deadline_s = time.monotonic() + TAKE_OVER_S
         while True:
             # Who lost its connection at the first words, or has the last ones, asks before they are written.
-            while self._replies.is_unwritten(whose) and time.monotonic() < deadline_s:  # noqa: ASYNC110 - a rare case
-                await asyncio.sleep(ASK_AGAIN_S)
+            await self._replies.written(whose, timeout_s=deadline_s - time.monotonic())
             messages = await threads.load_messages(
                 self._pool, whose, self._replies.vault, limit=max(call.memory.messages, len(request.messages)) + 2
             )
