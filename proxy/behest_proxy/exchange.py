@@ -203,9 +203,9 @@ class Exchange:
         return []
 
     def passes(self, read: bytes) -> int:
-        """Pay for a read that goes on as it came; returns its events. 0: it is one for `upstream_data`.
+        """Pay for a read that goes on as it came; returns its events. 0: it is one for `parsed`.
 
-        The shortest way of a chunk, and that of nearly each. Who carries it out then looks at `runs_low`.
+        The shortest way of a chunk, and that of nearly each. What else is to be done then tells `ask_ahead`.
         """
         if self.phase is not Phase.STREAMING or self._pending or self._upstream_over is not None:
             return 0
@@ -222,7 +222,11 @@ class Exchange:
         """Body bytes of one read: the way of a chunk."""
         events = self.passes(data)
         if events:
-            return [Write(data, events), *(self.ask_ahead() if self.runs_low else ())]
+            return [Write(data, events), *self.ask_ahead()]
+        return self.parsed(data, now_s)
+
+    def parsed(self, data: bytes, now_s: float) -> list[Action]:
+        """The way of a read that does not pass."""
         if self.phase is Phase.REFUSED:
             room = provider_errors.ERROR_BODY_BYTES_MAX - len(self._error_body)
             self._error_body += data[:room]
@@ -346,7 +350,7 @@ class Exchange:
         if self._pending:
             missing = self._missing_for(self._pending[0])
             return [*actions, Pause(), *self._ask(missing, is_short=True)]
-        if self._meter.runs_low and self.phase is Phase.STREAMING and self._upstream_over is None:
+        if self.phase is Phase.STREAMING and self._upstream_over is None:
             actions += self.ask_ahead()
         return actions
 
@@ -454,14 +458,10 @@ class Exchange:
             return self._end(Outcome.UPSTREAM_ERROR, now_s, UpstreamError("the provider's answer is too large"))
         return [Keep(data_events(payloads), len(payloads))] if self._terms.kept else []
 
-    @property
-    def runs_low(self) -> bool:
-        """Half of the last tranche is used: `ask_ahead`."""
-        return self._meter.runs_low
-
     def ask_ahead(self) -> list[Action]:
-        """Half of the tranche is used: ask for the next one, while the stream goes on."""
-        return [] if self._asked is not None or self._early_ask_refused else self._ask(1, is_short=False)
+        """Once half of the tranche is used: ask for the next one, while the stream goes on."""
+        is_time = self._meter.runs_low and self._asked is None and not self._early_ask_refused
+        return self._ask(1, is_short=False) if is_time else []
 
     def _ask(self, need_tokens: int, *, is_short: bool) -> list[Action]:
         if self._asked is not None:

@@ -223,10 +223,10 @@ class Conduct:
         if events:
             self._trace.store(*exchange.forwarded)  # before the client gets it: what was sent is never uncounted
             self._write(data, events, now_s)
-            if exchange.runs_low:
-                self._perform(exchange.ask_ahead())
+            if actions := exchange.ask_ahead():
+                self._perform(actions)
             return
-        self._perform(exchange.upstream_data(data, now_s))
+        self._perform(exchange.parsed(data, now_s))
 
     def on_end(self) -> None:
         """See `UpstreamHandler`."""
