@@ -1,9 +1,7 @@
 """The figures of the ledger itself, without a proxy: admissions, holds on one hot window, settlements."""
 
 import asyncio
-import os
 import statistics
-import tempfile
 import time
 from collections.abc import AsyncGenerator, Callable
 from typing import Literal, get_args
@@ -41,9 +39,7 @@ async def measure(dsn: str, say: Callable[[str], None]) -> AsyncGenerator[str]:
     await budgets(books, sessions=True)
     yield f"ledger: {await settings_line(books)}"
     say("ledger: admissions")
-    admitted, flushed = await _admit_idle(books)
-    yield _admission_line("idle", "one after the other", admitted)
-    yield f"ledger-disk: {flushed}, one page written and flushed to the same disk, in turns with those admissions"
+    yield _admission_line("idle", "one after the other", await _admit_idle(books))
     yield _admission_line("load", f"{LOAD_PER_S} a second, settled 50 ms later", await _admit_load(books))
     for writers in (1, 4):
         say(f"ledger: settlements, {writers} writing")
@@ -66,25 +62,17 @@ def _admission_line(name: str, what: str, spread: Spread) -> str:
     return f"ledger-admit-{name}: {spread}, two windows, {what} ({target})"
 
 
-async def _admit_idle(dsn: str) -> tuple[Spread, Spread]:
-    """Admissions, and in between what the disk takes for the least commit: no admission can be faster."""
+async def _admit_idle(dsn: str) -> Spread:
     sidecar = await Sidecar.start(dsn)
     times_s: list[float] = []
-    flushes_s: list[float] = []
-    folder = str(await sidecar.pool.fetchval("SHOW data_directory"))
-    with tempfile.TemporaryFile(dir=folder, buffering=0) as page:
-        for number in range(ADMISSIONS + 20):
-            started_s = time.perf_counter()
-            answer = await sidecar.desk.admit(sidecar.admission())
-            admitted_s = time.perf_counter()
-            assert isinstance(answer, Granted), answer
-            os.pwrite(page.fileno(), number.to_bytes(8192, "big"), 0)
-            os.fdatasync(page.fileno())
-            if number >= 20:  # the first ones make the windows, and the plans
-                times_s.append(admitted_s - started_s)
-                flushes_s.append(time.perf_counter() - admitted_s)
+    for number in range(ADMISSIONS + 20):
+        started_s = time.perf_counter()
+        answer = await sidecar.desk.admit(sidecar.admission())
+        if number >= 20:  # the first ones make the windows, and the plans
+            times_s.append(time.perf_counter() - started_s)
+        assert isinstance(answer, Granted), answer
     await sidecar.aclose()
-    return Spread(times_s), Spread(flushes_s)
+    return Spread(times_s)
 
 
 async def _admit_load(dsn: str) -> Spread:
