@@ -18,8 +18,10 @@ from behest_proxy.cli.preflight import free_port
 from ledger.books import Books, keep_books, settlement
 from ledger.sealing import seal_all
 from ledger.sidecars import Sidecar, state
+from ledger.test_store_retention import OLD, OLDER, id_of, put_away, two_months
 from stack import wait_until
 
+UNSENT = id_of(OLD, 2)
 KEEP = [sys.executable, "-I", "-m", "behest_proxy.cli.main", "ledger", "keep", "--interval", "0.2"]
 
 
@@ -135,6 +137,34 @@ def test_verify_prints_the_newest_seals_and_compares_what_was_printed_before(
     for name in (noted, tmp_path / "none"):
         assert ledger("verify", "--against", str(name), "--database-url", database) == 2
         assert str(name) in capsys.readouterr().err
+
+
+def test_verify_looks_at_detached_months_where_it_is_told_to(database: str, capsys: pytest.CaptureFixture[str]) -> None:
+    async def work(books: Books) -> None:
+        await two_months(books)
+        await seal_all(books)
+        assert [await put_away(books, month) for month in (OLDER, OLD)] == ["detached", "detached"]
+        await books.connection.execute("ALTER TABLE ledger.hold_2025_02_detached RENAME TO elsewhere")
+        async with books.connection.acquire() as connection, connection.transaction():
+            await connection.execute("SET LOCAL session_replication_role = replica")
+            await connection.execute("DELETE FROM ledger.request_2025_03_detached WHERE outcome = 'refused'")
+
+    keep_books(database, work)
+    assert ledger("verify", "--database-url", database) == 0
+    assert capsys.readouterr().out.splitlines()[2] == (
+        "2 months were put away: what they left behind was looked at, their rows were not (--detached)"
+    )
+    assert ledger("verify", "--detached", "--database-url", database) == 1
+    *found, counted, _, older, old, _ = capsys.readouterr().out.splitlines()
+    assert all(line.startswith("NOT TRUE: ") for line in found)
+    assert [
+        line for line in found if "every ended hold has its request" in line and f": 2025-03, request {UNSENT}" in line
+    ]
+    assert counted.endswith(f": {len(found)} findings")
+    assert older.startswith(
+        "month 2025-02 was put away, and some of its tables are not here (dropped, or moved away): hold_"
+    )
+    assert old == "month 2025-03 was put away, and its tables are here"
 
 
 def test_keep_waits_for_a_database_that_is_away(tmp_path: Path) -> None:

@@ -9,12 +9,13 @@ Who can change rows can also change seals. Therefore `behest ledger verify` prin
 elsewhere, it vouches for everything before it.
 """
 
+import datetime as dt
 import re
 from collections.abc import Sequence
 
 import msgspec
 
-from behest_ledger.store.findings import Finding, Progress, plain
+from behest_ledger.store.findings import NAMED_MAX, Finding, Progress, first, named
 from behest_ledger.store.pool import Connection
 
 ROWS_TARGET = 100_000
@@ -177,22 +178,27 @@ CHECKS: dict[str, str] = {
 
 _EDGES = """
 SELECT edge, sum(row_count)::bigint AS row_count FROM (
-    SELECT tx_from AS edge, row_count FROM ledger.seal WHERE kind = 'rows'
-    UNION ALL SELECT tx_until, 0 FROM ledger.seal WHERE kind = 'rows'
-    UNION ALL SELECT sealed_until, 0 FROM ledger.seal_progress) AS e
+    SELECT tx_from AS edge, row_count FROM ledger.seal WHERE kind = 'rows' AND ($1::date IS NULL OR month = $1)
+    UNION ALL SELECT tx_until, 0 FROM ledger.seal WHERE kind = 'rows' AND ($1::date IS NULL OR month = $1)
+    -- A month that was put away was sealed to its last row, whatever that says of its transaction.
+    UNION ALL SELECT CASE WHEN $1::date IS NULL THEN sealed_until ELSE 9223372036854775807 END, 0
+    FROM ledger.seal_progress) AS e
 GROUP BY 1 ORDER BY 1
 """
 
-_DIFFERENT = """
+DIFFERENT = """
 WITH said AS (
     SELECT s.tenant_id, s.month, s.tx_from, x.source_id, x.row_count, x.digest
     FROM ledger.seal s JOIN ledger.seal_source q USING (tenant_id, month, number)
     CROSS JOIN LATERAL unnest(q.sources, q.row_counts, q.digests) AS x (source_id, row_count, digest)
     WHERE s.kind = 'rows' AND s.tx_from = ANY (($1::bigint[])[:cardinality($1::bigint[]) - 1])
+      AND ($2::date IS NULL OR s.month = $2)
 ), different AS (
     SELECT tenant_id, month, tx_from, source_id, said.row_count AS said_rows, said.digest AS said,
            found.row_count AS found_rows, found.digest AS found
-    FROM said FULL JOIN ledger.sealed_rows_v1($1::bigint[]) AS found USING (tenant_id, month, tx_from, source_id)
+    FROM said
+    FULL JOIN ledger.sealed_rows_v1($1::bigint[]) AS found (tenant_id, month, tx_from, source_id, row_count, digest)
+        USING (tenant_id, month, tx_from, source_id)
     WHERE said.digest IS DISTINCT FROM found.digest
 )
 SELECT format('source %s of %s in %s, %s', d.source_id, d.tenant_id, to_char(d.month, 'YYYY-MM'),
@@ -203,18 +209,25 @@ FROM different d
 LEFT JOIN ledger.seal s ON s.tenant_id = d.tenant_id AND s.month = d.month AND s.tx_from = d.tx_from AND s.kind = 'rows'
 ORDER BY 1
 """
+"""The sources that differ from what their seals say, between the bounds $1; of the month $2, where it is not null."""
 
 
-async def check_rows(connection: Connection, progress: Progress) -> list[Finding]:
-    """Recompute every seal from its rows, slice by slice, in the caller's snapshot."""
-    edges = [(row["edge"], row["row_count"]) for row in await connection.fetch(_EDGES)]
+async def check_rows(
+    connection: Connection, progress: Progress, *, month: dt.date | None = None, different: str = DIFFERENT
+) -> list[Finding]:
+    """Recompute every seal from its rows, slice by slice, in the caller's snapshot.
+
+    With a month, its seals alone: `different` is `DIFFERENT`, asked of the tables in which its rows are.
+    """
+    edges = [(row["edge"], row["row_count"]) for row in await connection.fetch(_EDGES, month)]
     findings: list[Finding] = []
     done = 0
-    total = sum(rows for _, rows in edges) or 1
+    total = 1 + sum(rows for _, rows in edges)
     for bounds, rows in slices(edges):
-        progress(ROWS, done / total)
-        found = await connection.fetch(_DIFFERENT, bounds)
-        findings += [Finding(ROWS, *(plain(value) for value in row)) for row in found]
+        progress(ROWS if month is None else f"{month:%Y-%m}: {ROWS}", done / total)
+        findings += await named(connection, ROWS, different, bounds, month)
+        if len(findings) > NAMED_MAX:
+            return first(ROWS, findings)
         done += rows
     return findings
 

@@ -1,20 +1,22 @@
 """Recompute the books and name every place that differs from what is written.
 
 Balances are projections of postings; nothing here trusts them. Each check is one query that returns only what is
-wrong: where, what was expected, what was found. All run in one snapshot, so live traffic does not disturb them.
+wrong: where, what was expected, what was found. All run in one snapshot, so live traffic does not disturb them. A check
+that finds very much names the first places: what comes through here is bounded, whatever was done to the books.
 """
 
 from collections.abc import Sequence
 
 import msgspec
 
-from behest_ledger.store import seals, usage
+from behest_ledger.store import detached, seals, usage
+from behest_ledger.store.detached import MonthAway
 from behest_ledger.store.errors import mapped
-from behest_ledger.store.findings import Finding, Progress, plain
+from behest_ledger.store.findings import Finding, Progress, named
 from behest_ledger.store.pool import Connection
 from behest_ledger.store.seals import Seal
 
-__all__ = ["CHECKS", "Finding", "Verdict", "verify"]
+__all__ = ["CHECKS", "Finding", "MonthAway", "Verdict", "verify"]
 
 
 class Verdict(msgspec.Struct, frozen=True):
@@ -28,9 +30,11 @@ class Verdict(msgspec.Struct, frozen=True):
     """Windows with charges beyond what they could pay: not an error of the books, but somebody should know."""
     seals: list[Seal] = []
     """The newest of each tenant. Noted elsewhere, it vouches for all that was sealed before."""
+    months_away: list[MonthAway] = []
+    """Those that were put away, the oldest first, and which of their tables are here."""
 
 
-CHECKS: dict[str, str] = {
+_OF_WINDOWS: dict[str, str] = {
     "balances are the sums of their postings": """
         WITH moved AS (
             SELECT tenant_id, window_id, account, sum(amount) AS amount FROM (
@@ -124,6 +128,9 @@ CHECKS: dict[str, str] = {
         LEFT JOIN ledger.budget b USING (tenant_id, budget_id)
         LEFT JOIN ledger.budget_subject s USING (tenant_id, budget_id, subject)
         WHERE b.budget_id IS NULL OR s.budget_id IS NULL""",
+}
+
+OF_REQUESTS: dict[str, str] = {
     "every posting moves between accounts that belong together": """
         SELECT format('posting of %s, window %s, seq %s', source_id, window_id, seq), 'a known movement',
                debit || ' to ' || credit
@@ -358,6 +365,9 @@ CHECKS: dict[str, str] = {
         FROM ledger.correction c LEFT JOIN ledger.request r USING (tenant_id, month, request_id)
         WHERE r.request_id IS NULL""",
 }
+"""Of these, no query leaves a request's month: they are true of each month alone, also of one that was detached."""
+
+CHECKS: dict[str, str] = _OF_WINDOWS | OF_REQUESTS
 """Sentence -> query of (place, expected, found) that returns no row when the sentence is true."""
 
 
@@ -368,9 +378,16 @@ took a hundred thousand postings for one and summed them all up anew for each ho
 _RESET_PLANNER = "SET LOCAL enable_nestloop = on; SET LOCAL enable_memoize = on"
 
 
-async def verify(connection: Connection, *, noted: Sequence[Seal] = (), progress: Progress | None = None) -> Verdict:
+async def verify(
+    connection: Connection,
+    *,
+    noted: Sequence[Seal] = (),
+    look_at_detached: bool = False,
+    progress: Progress | None = None,
+) -> Verdict:
     """Run every check in one snapshot, and look for the seals that somebody noted.
 
+    `look_at_detached`: recompute also the months that were put away, as far as their tables are still here.
     Raises `LedgerUnavailableError` and `SchemaError`.
     """
     tell = progress or _nobody
@@ -378,11 +395,11 @@ async def verify(connection: Connection, *, noted: Sequence[Seal] = (), progress
     findings: list[Finding] = []
     with mapped():
         async with connection.transaction(isolation="repeatable_read", readonly=True):
+            months = await detached.hold_still(connection, detached=look_at_detached)
             await connection.execute(SET_PLANNER)
             for number, (check, query) in enumerate(checks.items()):
                 tell(check, number / len(checks))
-                for place, expected, found in await connection.fetch(query):
-                    findings.append(Finding(check, place, plain(expected), plain(found)))
+                findings += await named(connection, check, query)
             await connection.execute(_RESET_PLANNER)
             findings += await seals.check_rows(connection, tell)
             findings += await seals.check_noted(connection, noted)
@@ -392,6 +409,11 @@ async def verify(connection: Connection, *, noted: Sequence[Seal] = (), progress
                 " (SELECT count(*) FROM ledger.posting) AS postings, (SELECT count(*) FROM ledger.request) AS requests,"
                 " (SELECT count(*) FROM ledger.budget_window WHERE overrun > 0) AS overrun_windows"
             )
+            for month in months if look_at_detached else ():
+                await connection.execute(SET_PLANNER)
+                findings += await detached.check_month(connection, month, OF_REQUESTS, tell)
+                await connection.execute(_RESET_PLANNER)
+                findings += await detached.check_seals(connection, month, tell)
     return Verdict(
         findings=findings,
         windows=row["windows"],
@@ -399,6 +421,7 @@ async def verify(connection: Connection, *, noted: Sequence[Seal] = (), progress
         requests=row["requests"],
         overrun_windows=row["overrun_windows"],
         seals=newest,
+        months_away=months,
     )
 
 

@@ -49,6 +49,11 @@ def add_parser(subparsers: Any) -> None:
         metavar="FILE",
         help="what `verify` printed some time ago: every seal in it must still be in its chain",
     )
+    verify.add_argument(
+        "--detached",
+        action="store_true",
+        help="look also at the rows of months that were put away, as far as their tables are here",
+    )
     top = commands.add_parser(
         "top",
         help="what goes on: budgets, sessions, requests",
@@ -279,7 +284,7 @@ async def _verify(dsn: str, arguments: argparse.Namespace) -> int:
 
     connection = await connect(dsn)
     try:
-        verdict = await verify(connection, noted=noted, progress=tell)
+        verdict = await verify(connection, noted=noted, look_at_detached=arguments.detached, progress=tell)
     finally:
         await connection.close()
         if shown:
@@ -290,6 +295,12 @@ async def _verify(dsn: str, arguments: argparse.Namespace) -> int:
     print(f"{len(verdict.findings)} findings" if verdict.findings else "clean")
     if verdict.overrun_windows:
         print(f"{verdict.overrun_windows} windows were overrun: providers billed more than they may; see `overrun`")
+    if arguments.detached:
+        for month in verdict.months_away:
+            print(month)
+    elif verdict.months_away:
+        print(f"{len(verdict.months_away)} months were put away", end=": ")
+        print("what they left behind was looked at, their rows were not (--detached)")
     for seal in verdict.seals:
         print(seal)
     return 1 if verdict.findings else 0
