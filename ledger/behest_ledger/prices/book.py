@@ -157,6 +157,7 @@ class PriceBook:
         self._providers = {provider.id: provider for provider in document.providers}
         self._indexes: dict[str, ModelIndex] = {}
         self._found: OrderedDict[tuple[str | None, str], tuple[str, ModelPrices] | None] = OrderedDict()
+        self._by_url: OrderedDict[str, str | None] = OrderedDict()
         self._rates: OrderedDict[tuple[str, str, int, tuple[int, ...]], Rates | None] = OrderedDict()
 
     def resolve(
@@ -244,10 +245,11 @@ class PriceBook:
 
     def provider_for_url(self, url: str) -> str | None:
         """The provider at a base URL, None where it is none that the book knows."""
-        for provider in self.document.providers:
-            if url_fits(provider.url_pattern, url):
-                return provider.id
-        return None
+        if url not in self._by_url:
+            fits = (provider.id for provider in self.document.providers if url_fits(provider.url_pattern, url))
+            self._by_url[url] = next(fits, None)
+            _trim(self._by_url)
+        return self._by_url[url]
 
     def provider_for_model(self, model: str) -> str | None:
         """The provider that a model's name alone tells, None for names that several share or nobody knows."""

@@ -110,7 +110,8 @@ async def settle(pool: Connection, settlements: Sequence[Settlement]) -> list[Se
 
 def _jsonb(value: object) -> str:
     """JSON that `jsonb` takes: it has no place for the character NUL, which a provider's answer may well contain."""
-    return _NUL.sub(r"\1\\ufffd", msgspec.json.encode(value).decode())
+    text = msgspec.json.encode(value).decode()
+    return _NUL.sub(r"\1\\ufffd", text) if "\\u0000" in text else text
 
 
 class _Verdict(msgspec.Struct):

@@ -270,6 +270,10 @@ class Http2Connection(ClientConnection):
         if self._outbox_bytes > _OUTBOX_BYTES_MAX:
             self.flush()
 
+    def flush_soon(self) -> None:
+        """Hand over what `h2` has queued with the frames of this turn: an answer's head and its first chunk."""
+        self.send_soon(self.machine.data_to_send(), b"")
+
     def flush(self) -> None:
         """Hand over what waits in the outbox, then what `h2` has queued: the order in which they were made."""
         data = self.machine.data_to_send()

@@ -134,7 +134,7 @@ class Http2Stream(ServedRequest):
         if self._window.closed:
             return
         self._machine.send_headers(self.stream_id, [(b":status", b"%d" % status), *lines])
-        self._connection.flush()
+        self._connection.flush_soon()
         self.open = True
         if self._connection.write_paused or self._windows_are_shut():
             self.pause()
