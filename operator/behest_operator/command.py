@@ -15,7 +15,8 @@ from behest_ledger.store.errors import LedgerError, SchemaError
 from behest_ledger.store.keeper import Keeper
 from behest_ledger.store.keeper_watch import KeeperWatch
 from behest_ledger.store.migrate import check_schema
-from behest_ledger.store.pool import open_pool, use_dsn
+from behest_ledger.store.pool import UrlError, open_pool, use_dsn
+from behest_ledger.telemetry import logs
 from behest_ledger.telemetry.meter import Meter
 from behest_ledger.telemetry.process import told
 from behest_ledger.telemetry.settings import TelemetrySettingsError, telemetry_settings
@@ -59,13 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     except (SettingsError, KubernetesError, TelemetrySettingsError) as error:
         print(f"behest operator: {error}", file=sys.stderr)
         return 2
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=settings.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
-    for library in ("kopf", "aiohttp.access"):
-        logging.getLogger(library).setLevel(logging.WARNING)
+    logs.configure(settings.log_level)
     registry = kopf.OperatorRegistry()
     _Process(settings, master_key, credentials, registry).register()
     # kopf cancels every task of its loop at its end: this process has nothing else to do.
@@ -166,9 +161,13 @@ class _Process:
                 continue
             if read.database_url == settings.database_url:
                 continue
+            try:
+                await use_dsn(self._pool, read.database_url, application_name=_NAME)
+            except UrlError as error:
+                logger.warning("the ledger's login cannot be used, the last one serves: %s", error)
+                continue
             settings = read
             logger.info("connecting to the ledger by the login of %s", settings.database_url_file)
-            await use_dsn(self._pool, settings.database_url, application_name=_NAME)
             secrets.sidecar_dsn = settings.sidecar_url
             if gateway is not None:
                 gateway.dsn = settings.database_url

@@ -132,7 +132,9 @@ def read(kind: type[_S], environment: Mapping[str, str]) -> _S:
         try:
             given[field.name] = msgspec.convert(value, field.type, strict=False)
         except msgspec.ValidationError:
-            raise SettingsError(f"{variable}: {text!r} is not {_expected(field.type)}") from None
+            # A URL has a password in it, also one that is misspelt.
+            shown = "what it holds" if "DATABASE_URL" in variable else repr(text)
+            raise SettingsError(f"{variable}: {shown} is not {_expected(field.type)}") from None
     return kind(**given)
 
 

@@ -25,6 +25,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from behest_ledger.telemetry import logs
 from behest_ledger.telemetry.meter import Meter
 from behest_ledger.telemetry.process import told
 from behest_ledger.telemetry.prometheus import CONTENT_TYPE, page
@@ -176,7 +177,7 @@ def add_parser(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT. Exit status 2: a mistake in the environment."""
     del arguments
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.configure("info")
     try:
         settings = read(WebhookSettings, os.environ)
         asyncio.run(_main(settings, template_in(settings.injection_template)))

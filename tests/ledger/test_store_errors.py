@@ -1,5 +1,6 @@
 import asyncio
 import json
+import traceback
 from typing import Any
 from uuid import UUID
 
@@ -46,6 +47,15 @@ RAISED = [
 def test_what_postgresql_raises_is_ours_by_its_sqlstate(state: str, error: type[LedgerError]) -> None:
     with pytest.raises(error), mapped():
         raise asyncpg.PostgresError.new({"C": state, "M": "so it is"})
+
+
+@pytest.mark.parametrize("state", [state for state, _ in RAISED])
+def test_of_what_postgresql_raises_nothing_is_told_but_its_message(state: str) -> None:
+    """Its details may be a row, and whoever logs an error logs what it was raised from."""
+    row = "Failing row contains (acme, my prompt)."
+    with pytest.raises(LedgerError, match="a row is refused") as caught, mapped():
+        raise asyncpg.PostgresError.new({"C": state, "M": "a row is refused", "D": row, "H": "read my prompt"})
+    assert "my prompt" not in "".join(traceback.format_exception(caught.value))
 
 
 @pytest.mark.parametrize(

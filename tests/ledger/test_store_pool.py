@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from behest_ledger.store.errors import LedgerUnavailableError, mapped
-from behest_ledger.store.pool import connect, open_pool
+from behest_ledger.store.pool import UrlError, connect, open_pool, use_dsn
 
 
 def test_a_pool_is_quiet_while_the_database_is_away(database: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -33,3 +33,36 @@ def test_a_pool_is_quiet_while_the_database_is_away(database: str, caplog: pytes
 
     asyncio.run(main())
     assert caplog.records == []
+
+
+@pytest.mark.parametrize("special", ["/", "?", "#", "[", "]"])
+def test_a_url_with_a_password_that_is_not_encoded_is_refused_and_not_told(database: str, special: str) -> None:
+    broken = f"postgresql://owner:pass{special}word@127.0.0.1:5432/behest"
+
+    async def main() -> None:
+        pool: Any = await open_pool(database)
+        try:
+            for refused in (connect(broken), open_pool(broken), use_dsn(pool, broken)):
+                with pytest.raises(UrlError, match="the database's URL cannot be read") as caught:
+                    await refused
+                assert "pass" not in str(caught.value).replace("password", "")
+            assert await pool.fetchval("SELECT 1") == 1, "the last login serves"
+        finally:
+            pool.terminate()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "dsn",
+    [
+        "postgresql://u:p@[::1]:1/behest",
+        "postgresql://u:p%2F%23@127.0.0.1:1/behest",
+        "postgresql://u:p@127.0.0.1:1,127.0.0.1:1/behest",
+        "postgresql:///behest?host=/nowhere",
+        "postgresql://u@/behest?host=127.0.0.1&port=1",
+    ],
+)
+def test_every_way_to_name_a_server_is_read(dsn: str) -> None:
+    with pytest.raises(LedgerUnavailableError):
+        asyncio.run(connect(dsn))

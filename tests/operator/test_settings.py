@@ -65,6 +65,19 @@ def test_each_mistake_names_its_variable(variable: str, text: str, says: str) ->
     assert says in str(caught.value)
 
 
+@pytest.mark.parametrize("variable", ["BEHEST_DATABASE_URL", "BEHEST_SIDECAR_DATABASE_URL", "BEHEST_DATABASE_URL_FILE"])
+def test_a_url_that_is_none_is_not_told(variable: str, tmp_path: Path) -> None:
+    file = tmp_path / "url"
+    file.write_text("postgres//owner:secret@db/behest")
+    text = str(file) if variable.endswith("_FILE") else file.read_text()
+    environment = {**REQUIRED, variable: text}
+    if variable.endswith("_FILE"):
+        del environment["BEHEST_DATABASE_URL"]
+    with pytest.raises(SettingsError, match="_DATABASE_URL: what it holds is not a PostgreSQL URL") as caught:
+        OperatorSettings.read(environment)
+    assert "secret" not in str(caught.value)
+
+
 @pytest.mark.parametrize("missing", list(REQUIRED))
 def test_what_it_needs_is_named_with_its_meaning(missing: str) -> None:
     environment = {name: text for name, text in REQUIRED.items() if name != missing}

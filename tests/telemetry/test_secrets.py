@@ -1,7 +1,8 @@
 """Nobody's words and nobody's keys are told: marked ones are sent through everything, and everything told is searched.
 
 At `debug`, as JSON, with OTLP and the page for Prometheus, by requests that go well and by all that fail. The ledger is
-searched too: there a thread's words have their tables, and nothing else has anything.
+searched too: there a thread's words have their tables, and nothing else has anything. Then the keeper works on all of
+that, by what goes well and by what fails, and what it tells is searched.
 """
 
 import asyncio
@@ -10,17 +11,24 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import httpx
 import pytest
 
+from behest_ledger.store.pool import connect
 from behest_ledger.telemetry.logs import OUR_LOGGERS
+from behest_proxy.cli.preflight import free_port
 from conftest import Server, execute, own_database
-from stack import Project, Stack, running_stack, wait_until
+from ledger.books import Books
+from ledger.sidecars import Sidecar
+from stack import BEHEST, Project, Stack, process, running_stack, wait_until
 from telemetry.receiver import Received, http_receiver
 from telemetry.talkative_provider import WAYS, talkative_provider
 
@@ -51,6 +59,22 @@ class Told:
     tables: dict[str, str] = field(default_factory=dict)
     page: str = ""
     log: str = ""
+    keeper: "Keeper | None" = None
+
+
+@dataclass
+class Keeper:
+    """A keeper that looked after the ledger in which the secrets are, and what it told."""
+
+    dsn: str
+    metrics: str
+    received: Received
+    log: Path
+    page: str = ""
+    refused: str = ""
+
+    def has_said(self, words: str) -> None:
+        wait_until(lambda: words in self.log.read_text(), what=f"the keeper's {words!r}")
 
 
 def with_login(dsn: str, name: str, password: str) -> str:
@@ -131,6 +155,53 @@ def tables_of(stack: Stack) -> dict[str, str]:
     return found
 
 
+@contextmanager
+def kept(told: Told, dsn: str, folder: Path) -> Generator[Keeper]:
+    """A keeper that has everything to do: a dead sidecar's requests, a budget at its threshold, threads too old."""
+    address, log = f"127.0.0.1:{free_port(0)}", folder / "keeper.log"
+    how = ["--interval", "0.1", "--grace-hours", "0", "--policy", "hold", "--metrics", address]
+    keep = [*BEHEST, "ledger", "keep", *how]
+    asyncio.run(left_to_do(dsn, told.secrets["row"]))
+    with http_receiver() as received:
+        environment: dict[str, str] = {
+            **FAST,
+            "BEHEST_DATABASE_URL": dsn,
+            "OTEL_EXPORTER_OTLP_ENDPOINT": received.endpoint,
+            "OTEL_EXPORTER_OTLP_HEADERS": f"api-key={told.secrets['header']}",
+        }
+        with process(keep, environment=environment, log=log) as child:
+            keeper = Keeper(dsn, address, received, log)
+            # The row that it cannot write is in what PostgreSQL says of it, but for its message.
+            keeper.has_said('violates check constraint "nothing_any_more"')
+            asyncio.run(execute(dsn, "ALTER TABLE ledger.request DROP CONSTRAINT nothing_any_more"))
+            keeper.has_said("were charged by policy hold")
+            keeper.has_said("threads that were not used for their time")
+            yield keeper
+            keeper.page = httpx.get(f"http://{address}/metrics").text
+            child.terminate()
+            child.wait(20)
+        # A `/` in a password, not encoded: what reads the URL takes the part before it for a port, and would say so.
+        password = told.secrets["password"]
+        told.secrets["part of the password"] = password[:-1]
+        broken = dsn.replace(password, password[:-1] + "/" + password[-1:])
+        ended = subprocess.run([*keep, "--database-url", broken], capture_output=True, text=True, timeout=30)
+        keeper.refused = f"{ended.returncode} {ended.stdout}{ended.stderr}"
+
+
+async def left_to_do(dsn: str, row: str) -> None:
+    connection = await connect(dsn)
+    try:
+        books = Books(dsn, connection)
+        await books.budget("alerted", 100, thresholds=[1])
+        sidecar = await Sidecar.start(books)
+        await sidecar.admitted(need=2, thread=row)
+        await sidecar.die()
+        await connection.execute("UPDATE ledger.thread SET updated_at = now() - interval '1 year'")
+        await connection.execute("ALTER TABLE ledger.request ADD CONSTRAINT nothing_any_more CHECK (false) NOT VALID")
+    finally:
+        await connection.close()
+
+
 def without_the_ledger(told: Told, project: Project, template: Server, login: str) -> None:
     """The database refuses the sidecar's login: what it says of that is searched as well."""
     token = told.secrets["token of the poor"]
@@ -138,13 +209,16 @@ def without_the_ledger(told: Told, project: Project, template: Server, login: st
     asyncio.run(execute(template.dsn, f"ALTER ROLE {login} NOLOGIN", ends))
     told.statuses["no ledger"] = ask(project, token, told.secrets).status_code
     wait_until(lambda: "WARN" in told.stack.log.read_text().upper(), what="a word about the ledger")
+    if told.keeper is not None:
+        told.keeper.has_said("is not permitted to log in")
     asyncio.run(execute(template.dsn, f"ALTER ROLE {login} LOGIN"))
 
 
 @pytest.fixture(scope="module")
 def told(template: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Told]:
     kinds = ("prompt", "answer", "system prompt", "provider key", "false token", "signature", "cookie", "baggage")
-    marked = {kind: mark(kind) for kind in (*kinds, "header", "idempotency key", "tool", "path", "query", "password")}
+    others = ("header", "idempotency key", "tool", "path", "query", "password", "row")
+    marked = {kind: mark(kind) for kind in (*kinds, *others)}
     marked["false key"] = "behest_sk_live_" + secrets.token_hex(16)
     login, folder = f"behest_marked_{os.getpid()}", tmp_path_factory.mktemp("secrets")
     asyncio.run(execute(template.dsn, f"CREATE ROLE {login} LOGIN SUPERUSER PASSWORD '{marked['password']}'"))
@@ -153,7 +227,7 @@ def told(template: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         talkative_provider(marked["answer"]) as url,
         own_database(template, "secrets") as dsn,
         running_stack(
-            with_login(dsn, login, marked["password"]),
+            own_dsn := with_login(dsn, login, marked["password"]),
             folder,
             **FAST,
             OTEL_EXPORTER_OTLP_ENDPOINT=received.endpoint,
@@ -167,7 +241,8 @@ def told(template: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         found = Told(stack, received, marked)
         project = sent_through(found, url)
         found.tables = tables_of(stack)
-        without_the_ledger(found, project, template, login)
+        with kept(found, own_dsn, folder) as found.keeper:
+            without_the_ledger(found, project, template, login)
         found.page = httpx.get(stack.admin_url + "/metrics").text
         stack.sidecar.terminate()
         stack.sidecar.wait(20)
@@ -221,6 +296,25 @@ def test_the_ledger_has_the_words_of_threads_where_they_belong_and_no_key_anywhe
     assert "prompt" in found["thread_message"], "else nothing would be found elsewhere either"
     for table, kinds in found.items():
         assert [kind for kind in kinds if table not in KEPT.get(kind, ())] == [], table
+
+
+def test_the_keeper_did_everything_and_told_no_secret(told: Told) -> None:
+    assert told.keeper is not None
+    log = told.keeper.log.read_text()
+    for did in ("is dead: fenced", "went to suspense", "alerted", "is not permitted to log in"):
+        assert did in log, log
+    assert leaks(told, log) == []
+    assert "behest_keeper_policy_charges_total 1.0" in told.keeper.page
+    assert leaks(told, told.keeper.page) == []
+    assert "behest.keeper.policy_charges" in told.keeper.received.metrics()
+    assert leaks(told, "\n".join(raw.decode("latin-1") for raw in told.keeper.received.raw)) == []
+
+
+def test_a_url_that_cannot_be_read_is_refused_without_being_told(told: Told) -> None:
+    assert told.keeper is not None
+    assert told.keeper.refused.startswith("2 behest: ")
+    assert "the database's URL cannot be read: write %2F for /" in told.keeper.refused
+    assert leaks(told, told.keeper.refused) == []
 
 
 def test_the_search_finds_a_secret_in_each_of_its_forms(told: Told) -> None:

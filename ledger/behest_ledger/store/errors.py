@@ -52,23 +52,28 @@ _NOW_UNAVAILABLE = (
 
 @contextmanager
 def mapped() -> Generator[None, None, None]:
-    """Turn what asyncpg raises inside into the errors of this module."""
+    """Turn what asyncpg raises inside into the errors of this module.
+
+    Of what PostgreSQL says the message is kept alone. Its details may be the row that it refused, with somebody's words
+    in it, and errors are logged; they are in the server's own log.
+    """
     try:
         yield
     except asyncpg.PostgresError as error:
-        raise _of_state(error) from error
+        raise _of_state(error) from None
     except _UNAVAILABLE as error:
         raise LedgerUnavailableError(f"{type(error).__name__}: {error}") from error
 
 
 def _of_state(error: asyncpg.PostgresError) -> LedgerError:
     state: str = getattr(error, "sqlstate", None) or ""
+    said = str(error.args[0]) if error.args else ""
     if state.startswith(_CONFLICT):
-        return LedgerConflictError(str(error))
+        return LedgerConflictError(said)
     if state.startswith(_NOW_UNAVAILABLE):
-        return LedgerUnavailableError(f"{type(error).__name__}: {error}")
+        return LedgerUnavailableError(f"{type(error).__name__}: {said}")
     if isinstance(error, asyncpg.InsufficientPrivilegeError):
-        return LedgerForbiddenError(f"{error}: see `behest ledger role`")
+        return LedgerForbiddenError(f"{said}: see `behest ledger role`")
     if state.startswith(_SCHEMA):
-        return SchemaError(f"{error}: run `behest ledger migrate`")
-    return LedgerRefusedError(f"{type(error).__name__}: {error}")
+        return SchemaError(f"{said}: run `behest ledger migrate`")
+    return LedgerRefusedError(f"{type(error).__name__}: {said}")

@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import asyncpg
 
@@ -32,14 +33,19 @@ class PoolerError(LedgerRefusedError):
     """There is a pooler where the server itself is needed, or where none was told of."""
 
 
+class UrlError(LedgerRefusedError):
+    """The URL of a database cannot be read. The message holds nothing of it: a password is."""
+
+
 async def open_pool(
     dsn: str, *, size: int = POOL_SIZE, application_name: str = "behest", pooler: Pooler = "none"
 ) -> Connection:
     """A pool of at most `size` connections, opened at the first need.
 
     Behind a pooler in transaction mode every statement is parsed anew: two round trips for one. Raises
-    `LedgerUnavailableError`, and `PoolerError` where a pooler is found that was not told of.
+    `LedgerUnavailableError`, `UrlError`, and `PoolerError` where a pooler is found that was not told of.
     """
+    _refuse_unreadable(dsn)
     with mapped(), _pooler_found():
         pool = await asyncpg.create_pool(
             dsn,
@@ -64,7 +70,11 @@ async def open_pool(
 
 
 async def use_dsn(pool: Connection, dsn: str, *, application_name: str = "behest", pooler: Pooler = "none") -> None:
-    """Connect as another login from now on: each connection is replaced when it is asked for next, or idle for long."""
+    """Connect as another login from now on: each connection is replaced when it is asked for next, or idle for long.
+
+    Raises `UrlError`: then the last one serves.
+    """
+    _refuse_unreadable(dsn)
     pool.set_connect_args(dsn, **_connect_arguments(application_name, pooler))
     await pool.expire_connections()
 
@@ -107,8 +117,9 @@ async def asking(source: Connection) -> AsyncGenerator[Connection]:
 async def connect(dsn: str, *, application_name: str = "behest") -> Connection:
     """One connection for a short task of a command. The caller closes it.
 
-    Raises `LedgerUnavailableError`, and `PoolerError` where the server is behind a pooler.
+    Raises `LedgerUnavailableError`, `UrlError`, and `PoolerError` where the server is behind a pooler.
     """
+    _refuse_unreadable(dsn)
     with mapped(), _pooler_found():
         connection = await asyncpg.connect(
             dsn, timeout=CONNECT_TIMEOUT_S, server_settings=_settings(application_name, "none")
@@ -134,6 +145,21 @@ async def _refuse_pooler(connection: Connection, cure: str) -> None:
     """A pooler gives its clients cancel keys of its own: the process id in them is not that of a server's process."""
     if await connection.fetchval("SELECT pg_catalog.pg_backend_pid()") != connection.get_server_pid():
         raise PoolerError(f"this is the address of a connection pooler: {cure}")
+
+
+def _refuse_unreadable(dsn: str) -> None:
+    """Raise `UrlError` where the host of a URL has no number for a port.
+
+    A password that is not percent-encoded ends the host at its `/`, `?` or `#`. asyncpg then says what it took for the
+    port: a part of the password.
+    """
+    try:
+        hosts = urlsplit(dsn).netloc.rpartition("@")[2].split(",")
+    except ValueError:  # a bracket that is not of an IPv6 address
+        hosts = [":none"]
+    ports = [host.rpartition("]")[2].partition(":")[2] for host in hosts]
+    if not all(port.isdecimal() for port in ports if port):
+        raise UrlError("the database's URL cannot be read: write %2F for / in its password, %23 for #, %3F for ?")
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 
-from behest_ledger.store.pool import Connection, use_dsn
+from behest_ledger.store.pool import Connection, UrlError, use_dsn
 from behest_proxy.app.settings import Settings, SettingsError, secret_in
 from behest_proxy.app.signing import SigningKeys
 from behest_proxy.identity.keys import UnusableKeyError
@@ -59,5 +59,5 @@ class MountedFiles:
             pem = settings.signing_key_file.read_bytes()
             if pem != self._signing_pem:
                 await self._take_signing_key(pem, pool, signing_keys)
-        except (SettingsError, UnusableKeyError, OSError) as error:
+        except (SettingsError, UnusableKeyError, UrlError, OSError) as error:
             logger.warning("a mounted file cannot be used, the last one serves: %s", error)

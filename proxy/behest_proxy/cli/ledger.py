@@ -3,7 +3,6 @@
 import argparse
 import asyncio
 import contextlib
-import logging
 import os
 import signal
 import sys
@@ -181,6 +180,7 @@ async def _keep(dsn: str, arguments: argparse.Namespace) -> int:
     from behest_ledger.store.keeper_watch import KeeperWatch
     from behest_ledger.store.migrate import check_schema
     from behest_ledger.store.pool import connect
+    from behest_ledger.telemetry import logs
     from behest_ledger.telemetry.meter import Meter
     from behest_ledger.telemetry.process import told
     from behest_ledger.telemetry.settings import TelemetrySettingsError
@@ -192,7 +192,7 @@ async def _keep(dsn: str, arguments: argparse.Namespace) -> int:
             await check_schema(connection)
         finally:
             await connection.close()
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.configure("info")
     meter = Meter()
     keeper = Keeper(
         dsn,
