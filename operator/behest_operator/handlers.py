@@ -1,10 +1,12 @@
 """kopf's part: which changes are looked at, retried and finalised. What they mean is `reconciler`'s."""
 
+import asyncio
 import logging
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, overload
+from typing import Any
+from weakref import WeakValueDictionary
 
 import kopf
 import msgspec
@@ -27,6 +29,8 @@ RESYNC_S = 15.0
 """How often it is looked whether Secrets came or changed, or a namespace has another tenant."""
 MEND_S = 600.0
 """How often everything is applied again, whatever it was that lost it."""
+REMOVED_KEPT = 10_000
+"""A look that began before a resource was removed ends within seconds: no more than these are removed meanwhile."""
 _READS_SECRETS = ("Project", "Upstream")
 PREFIX = "behest.ai"
 
@@ -41,6 +45,9 @@ class Handlers:
         self._reconciler = reconciler
         self._board = board
         self._applied: dict[str, _Done] = {}
+        # kopf runs timers beside the handlers of a deletion: a resource is looked at or removed, one after the other.
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._removed: dict[str, None] = {}
         self._labels = NamespaceLabels(kubernetes)
 
     def register(self, registry: kopf.OperatorRegistry) -> None:
@@ -55,6 +62,8 @@ class Handlers:
 
     async def _apply(self, *, body: kopf.Body, patch: kopf.Patch, **_: Any) -> None:
         applied = await self._reconcile(body, patch)
+        if applied is None:
+            return
         _write(applied, body, patch)
         accepted = applied.findings[0]
         if accepted.status == "False":
@@ -71,14 +80,19 @@ class Handlers:
         assert namespace is not None, "the kinds are namespaced"
         assert name is not None, "a resource has a name"
         kind: KindName = body["kind"]
-        begun_s = time.monotonic()
-        try:
-            await self._reconciler.remove(kind, namespace, name, body.get("spec", {}))
-        except (LedgerError, KubernetesError) as error:
-            self._watch.reconciled(kind, "failed", time.monotonic() - begun_s)
-            raise kopf.TemporaryError(_unknown(error).message, delay=RETRY_S) from None
-        self._watch.reconciled(kind, "removed", time.monotonic() - begun_s)
-        self._applied.pop(body["metadata"]["uid"], None)
+        uid: str = body["metadata"]["uid"]
+        async with self._lock(uid):
+            begun_s = time.monotonic()
+            try:
+                await self._reconciler.remove(kind, namespace, name, body.get("spec", {}))
+            except (LedgerError, KubernetesError) as error:
+                self._watch.reconciled(kind, "failed", time.monotonic() - begun_s)
+                raise kopf.TemporaryError(_unknown(error).message, delay=RETRY_S) from None
+            self._watch.reconciled(kind, "removed", time.monotonic() - begun_s)
+            self._applied.pop(uid, None)
+            self._removed[uid] = None
+            if len(self._removed) > REMOVED_KEPT:
+                del self._removed[next(iter(self._removed))]
         if kind == "Budget":
             self._board.forget(namespace, name)
 
@@ -88,12 +102,17 @@ class Handlers:
         else:
             self._board.see(body)
 
-    @overload
-    async def _reconcile(self, body: kopf.Body, patch: kopf.Patch) -> Applied: ...
-    @overload
-    async def _reconcile(self, body: kopf.Body, patch: kopf.Patch, *, again: bool) -> Applied | None: ...
+    def _lock(self, uid: str) -> asyncio.Lock:
+        """A resource's own lock; it lives as long as somebody has it."""
+        return self._locks.setdefault(uid, asyncio.Lock())
+
     async def _reconcile(self, body: kopf.Body, patch: kopf.Patch, *, again: bool = False) -> Applied | None:
-        """What became of the resource; None: it was looked at `again`, and nothing can have changed."""
+        """What became of the resource; None: it was removed, or looked at `again`, and nothing can have changed."""
+        uid: str = body["metadata"]["uid"]
+        async with self._lock(uid):
+            return None if uid in self._removed else await self._carry(body, patch, again=again)
+
+    async def _carry(self, body: kopf.Body, patch: kopf.Patch, *, again: bool) -> Applied | None:
         metadata = body["metadata"]
         begun_s = time.monotonic()
         try:

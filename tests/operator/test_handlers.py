@@ -34,14 +34,25 @@ class Answers:
         self.answer: Applied | Exception = FINE
         self.applied: list[tuple[int, str | None]] = []
         self.removed: list[tuple[str, str, str]] = []
+        self.order: list[str] = []
+        self.slow: dict[str, asyncio.Event] = {}
+        """By what is called: it takes until the event is set."""
+
+    async def _take_time(self, name: str) -> None:
+        self.order.append(f"{name} begins")
+        if name in self.slow:
+            await self.slow[name].wait()
+        self.order.append(f"{name} ends")
 
     async def apply(self, body: Any, labels: Any) -> Applied:
+        await self._take_time("apply")
         self.applied.append((body["metadata"]["generation"], labels.get("behest.ai/tenant")))
         if isinstance(self.answer, Exception):
             raise self.answer
         return self.answer
 
     async def remove(self, kind: str, namespace: str, name: str, spec: Any) -> None:
+        await self._take_time("remove")
         if isinstance(self.answer, Exception):
             raise self.answer
         self.removed.append((kind, namespace, name))
@@ -137,6 +148,74 @@ def test_a_removal_that_fails_is_tried_again_so_that_the_finalizer_stays() -> No
         await caller.call("_remove")
         assert caller.answers.removed == [("Project", "demo", "b")]
         assert caller.reconciles() == {("Project", "failed"): 2, ("Project", "removed"): 1}
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("name", ["_resync", "_apply"])
+def test_a_look_that_is_under_way_does_not_bring_back_what_is_removed_meanwhile(name: str) -> None:
+    async def main() -> None:
+        caller = Kopf("Project")
+        gate = caller.answers.slow["apply"] = asyncio.Event()
+        look = asyncio.create_task(caller.call(name))
+        while "apply begins" not in caller.answers.order:
+            await asyncio.sleep(0)
+        removal = asyncio.create_task(caller.call("_remove"))
+        for _ in range(10):
+            await asyncio.sleep(0)
+        gate.set()
+        await asyncio.gather(look, removal)
+        assert caller.answers.order == ["apply begins", "apply ends", "remove begins", "remove ends"]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("name", ["_resync", "_apply"])
+def test_a_look_that_comes_while_a_resource_is_removed_finds_it_gone(name: str) -> None:
+    async def main() -> None:
+        caller = Kopf("Project")
+        gate = caller.answers.slow["remove"] = asyncio.Event()
+        removal = asyncio.create_task(caller.call("_remove"))
+        while "remove begins" not in caller.answers.order:
+            await asyncio.sleep(0)
+        look = asyncio.create_task(caller.call(name))
+        for _ in range(10):
+            await asyncio.sleep(0)
+        gate.set()
+        await removal
+        assert await look == {}
+        assert await caller.call(name) == {}
+        assert caller.answers.applied == []
+        assert caller.reconciles() == {("Project", "removed"): 1}
+
+    asyncio.run(main())
+
+
+def test_a_look_after_a_removal_that_failed_is_a_look_like_any_other() -> None:
+    async def main() -> None:
+        caller = Kopf("Project")
+        caller.answers.answer = LedgerUnavailableError("away")
+        with pytest.raises(kopf.TemporaryError):
+            await caller.call("_remove")
+        caller.answers.answer = FINE
+        assert await caller.call("_resync")
+        await caller.call("_remove")
+        assert await caller.call("_resync") == {}
+
+    asyncio.run(main())
+
+
+def test_only_the_latest_removals_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handlers, "REMOVED_KEPT", 2)
+
+    async def main() -> None:
+        caller = Kopf()
+        for uid in ("a", "b", "c"):
+            caller.raw["metadata"]["uid"] = uid
+            await caller.call("_remove")
+        for uid, looked_at in (("a", True), ("b", False), ("c", False)):
+            caller.raw["metadata"]["uid"] = uid
+            assert bool(await caller.call("_apply")) == looked_at
 
     asyncio.run(main())
 
