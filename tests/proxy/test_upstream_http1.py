@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from behest_proxy.upstream import UpstreamClient
+from behest_proxy.upstream import UpstreamClient, live_call
 from proxy.upstream_servers import (
     CHUNKED_HEAD,
     LOOPS,
@@ -197,6 +197,25 @@ def test_a_stale_connection_is_retried_once_on_a_new_one(loop: str) -> None:
             assert (server.connections, requests) == (3, 1)
 
     run(main, loop)
+
+
+def test_a_request_that_a_peer_had_for_longer_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have worked on it: it would bill both, and only one would be charged."""
+    monkeypatch.setattr(live_call, "CROSSED_S", 0.05)
+
+    async def main() -> None:
+        async def script(peer: Peer) -> None:
+            await peer.request()
+            await peer.send(OK)
+            await peer.request()
+            await asyncio.sleep(0.2)
+
+        async with http1_server(script) as server, a_client() as client:
+            assert (await fetch(client, a_request(server.url))).ended == 1
+            assert (await fetch(client, a_request(server.url))).kind == "closed"
+            assert server.connections == 1
+
+    run(main)
 
 
 def test_a_new_connection_that_closes_is_not_retried() -> None:

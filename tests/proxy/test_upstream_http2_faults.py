@@ -10,6 +10,7 @@ from h2.errors import ErrorCodes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from behest_proxy.upstream import live_call
 from proxy.h2_frames import frame, goaway
 from proxy.upstream_http2 import a_request, any_ok
 from proxy.upstream_servers import (
@@ -161,6 +162,23 @@ def test_a_stale_connection_is_retried_once_on_a_new_one() -> None:
             handler = await fetch(client, a_request(server.url))
             assert (handler.body, handler.ended) == (b"hello", 1)
             assert len(server.peers) == 2
+
+    run(main)
+
+
+def test_a_request_that_a_peer_had_for_longer_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live_call, "CROSSED_S", 0.05)
+
+    async def main() -> None:
+        async with http2_server() as server, a_client() as client:
+            assert (await fetch(client, a_request(server.url))).ended == 1
+
+            def on_request(peer: H2Peer, _stream_id: int) -> None:
+                asyncio.get_running_loop().call_later(0.2, peer.transport.abort)
+
+            server.on_request = on_request
+            assert (await fetch(client, a_request(server.url))).kind in ("closed", "reset")
+            assert len(server.peers) == 1
 
     run(main)
 

@@ -178,8 +178,7 @@ class Http1Connection(asyncio.Protocol):
             return
         how: FailureKind = "reset" if exc is not None else "closed"
         if self._calls_carried > 1 and not self._received_any:
-            # Most likely the peer closed the idle connection while the request was on its way.
-            call.unprocessed(how, f"{call.request.origin}: the connection was {how} before any answer")
+            call.unanswered(how, f"{call.request.origin}: the connection was {how} before any answer")
         else:
             when = "in the middle of the answer" if call.head_received else "before an answer"
             call.fail(how, f"{call.request.origin}: the connection was {how} {when}")

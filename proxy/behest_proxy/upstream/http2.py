@@ -231,8 +231,7 @@ class Http2Connection(asyncio.Protocol):
         how: FailureKind = "reset" if exc is not None else "closed"
         for stream in streams:
             if stream.number > 1 and stream.reads_before == self._reads:
-                # Most likely the peer had left the resting connection while the request was on its way.
-                stream.call.unprocessed(how, f"{self._origin}: the connection was {how} before any answer")
+                stream.call.unanswered(how, f"{self._origin}: the connection was {how} before any answer")
             else:
                 stream.call.fail(how, f"{self._origin}: the connection was {how} before the end of the answer")
 

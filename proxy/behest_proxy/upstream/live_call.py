@@ -28,6 +28,10 @@ class Carrier(Protocol):
         ...
 
 
+CROSSED_S = 1.0
+"""So long a request may have been on its way when its connection is found closed."""
+
+
 class Phase(enum.Enum):
     """What a call waits for, and so which of its limits runs."""
 
@@ -40,9 +44,9 @@ class Phase(enum.Enum):
 class LiveCall:
     """The `UpstreamCall` of this client.
 
-    Carriers tell it what the wire brought (`sent`, `head`, `data`, `end`, `fail`, `unprocessed`); it tells the
-    handler, and holds back while paused. It has one timer, which is not touched by bytes: they leave a time
-    behind, and the timer looks at it when it fires.
+    Carriers tell it what the wire brought (`sent`, `head`, `data`, `end`, `fail`, `unprocessed`, `unanswered`); it
+    tells the handler, and holds back while paused. It has one timer, which is not touched by bytes: they leave a
+    time behind, and the timer looks at it when it fires.
     """
 
     __slots__ = (
@@ -190,6 +194,17 @@ class LiveCall:
             self.retried = True
             self._enter(Phase.CONNECTION, self.request.connect_timeout_s)
             self._requeue(self)
+        else:
+            self.fail(kind, message)
+
+    def unanswered(self, kind: FailureKind, message: str) -> None:
+        """A connection that had answered others went away without a word to this one.
+
+        Most likely its peer closed it while it was idle and the request crossed that. But who had the request for
+        longer may have worked on it, and would bill both: a POST is not repeated then (RFC 9110, 9.2.2).
+        """
+        if self._time() - self._active_at <= CROSSED_S:
+            self.unprocessed(kind, message)
         else:
             self.fail(kind, message)
 
