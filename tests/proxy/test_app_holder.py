@@ -71,6 +71,13 @@ def test_an_outage_changes_nothing_before_the_deadline(monkeypatch: pytest.Monke
     assert lost == 0
 
 
+def test_a_fault_of_our_own_does_not_end_the_renewals(monkeypatch: pytest.MonkeyPatch) -> None:
+    holder, ledger, lost = _played(monkeypatch, [ValueError("a fault"), True, True])
+    assert len(ledger.renewed) == 4
+    assert holder.lives
+    assert lost == 0
+
+
 def test_past_the_deadline_the_streams_end(monkeypatch: pytest.MonkeyPatch) -> None:
     holder, _, lost = _played(monkeypatch, [LedgerUnavailableError("away")], age_s=120)
     assert not holder.lives

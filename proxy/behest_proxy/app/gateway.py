@@ -216,7 +216,7 @@ class Gateway:
         """Why no requests should come; None: all is well."""
         if self.draining or self.leaving:
             return "draining"
-        if self._ledger_is_silent:
+        if self._ledger_is_silent or not self.holder.lives:
             return "the ledger cannot be reached"
         if self.book is None and not self.configuration.upstreams:
             return "nothing is configured: see `behest apply`"
@@ -226,7 +226,7 @@ class Gateway:
 
     async def admit(self, admission: Admission) -> Answer:
         """See `store.holds.admit`. Nobody waits for a ledger that is known to be away."""
-        if self._ledger_is_silent:
+        if self._ledger_is_silent or not self.holder.lives:
             raise LedgerUnavailableError("the ledger was not heard of for some time")
         asked_s = time.monotonic()
         self.moderation.urgent += 1

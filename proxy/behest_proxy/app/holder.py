@@ -84,6 +84,9 @@ class Holder:
                     await self._lease(pool, self.holder_id)
             except LedgerError as error:
                 outage.failed(error)
+            except Exception:
+                # Whatever it was: who does not renew himself has to end his streams, and this loop says so.
+                logger.exception("this process could not renew itself in the ledger, trying again")
             if not self.lives:
                 self._on_lost()
 
