@@ -10,7 +10,8 @@ charged what was really passed on:
 | upstream error or timeout before the first byte | nothing |
 | anything that ended after the first byte, or completed without usage | input and the output forwarded |
 
-A model whose output is partly hidden and that was cut short is also charged an estimate of the hidden part.
+A model whose output is partly hidden and that was cut short, also before its first byte, is charged an estimate of the
+hidden part as well.
 """
 
 import enum
@@ -81,16 +82,13 @@ def charge(outcome: Outcome, evidence: Evidence) -> Charge:
             audio_output=evidence.provider.audio_output + since.audio_output,
         )
         return Charge(counts=counts, source="local" if since.output_tokens else "provider", sent=True)
-    if not evidence.first_byte:
-        if outcome in _UPSTREAM_FAULTS:
-            return Charge(counts=TokenCounts(), source="none", sent=True)
-        return Charge(counts=_input_only(evidence.counted), source="local", sent=True)
+    if not evidence.first_byte and outcome in _UPSTREAM_FAULTS:
+        return Charge(counts=TokenCounts(), source="none", sent=True)
+    counts = evidence.counted if evidence.first_byte else _input_only(evidence.counted)
     if evidence.hidden_tokens and outcome is not Outcome.COMPLETED:
-        counts = msgspec.structs.replace(
-            evidence.counted, reasoning=evidence.counted.reasoning + evidence.hidden_tokens
-        )
+        counts = msgspec.structs.replace(counts, reasoning=counts.reasoning + evidence.hidden_tokens)
         return Charge(counts=counts, source="estimate", sent=True)
-    return Charge(counts=evidence.counted, source="local", sent=True)
+    return Charge(counts=counts, source="local", sent=True)
 
 
 def _input_only(counts: TokenCounts) -> TokenCounts:

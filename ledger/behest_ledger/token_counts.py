@@ -30,6 +30,14 @@ class TokenCounts(msgspec.Struct, frozen=True, kw_only=True):
         """All tokens that came out, of whatever class."""
         return self.output + self.reasoning + self.audio_output
 
+    def with_output_at_most(self, tokens: int) -> "TokenCounts":
+        """The same, with output left out above so many tokens of whatever class: the hidden ones last."""
+        left, kept = tokens, dict[str, int]()
+        for name in ("reasoning", "audio_output", "output"):
+            kept[name] = min(left, getattr(self, name))
+            left -= kept[name]
+        return msgspec.structs.replace(self, **kept)
+
     def by_class(self) -> dict[str, int]:
         """The classes that hold at least one token, in the order of `TOKEN_CLASSES`."""
         return {name: count for name in TOKEN_CLASSES if (count := getattr(self, name))}

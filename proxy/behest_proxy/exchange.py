@@ -15,6 +15,7 @@ the provider is paused, and only a definite refusal ends the stream.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -89,7 +90,6 @@ class Exchange:
         self._is_paid_whole = False
         """A whole answer whose usage is within the hold: there is nothing to count."""
         self._usage = UsageState()
-        self._counted_at_usage = (0, 0)
         self._aggregator = None if terms.streamed else Aggregator(chunks=terms.said)
         self._bound_by: Refused | None = None
         self._client_gone = False
@@ -217,13 +217,6 @@ class Exchange:
             return 0
         self._chunks += len(texts)
         return len(texts)
-
-    def upstream_data(self, data: bytes, now_s: float) -> list[Action]:
-        """Body bytes of one read: the way of a chunk."""
-        events = self.passes(data)
-        if events:
-            return [Write(data, events), *self.ask_ahead()]
-        return self.parsed(data, now_s)
 
     def parsed(self, data: bytes, now_s: float) -> list[Action]:
         """The way of a read that does not pass."""
@@ -439,10 +432,16 @@ class Exchange:
         usage = chunk.any_usage
         if usage is None:
             return False
-        self._usage.update(usage)
-        if self._usage.members is usage:
-            self._counted_at_usage = (self._meter.output, self._meter.reasoning)
+        self._usage.update(usage, output=self._meter.output, reasoning=self._meter.reasoning)
         return True
+
+    def _take_waiting_usage(self) -> None:
+        """A provider's usage counts also where it waits behind text that cannot be paid for any more."""
+        for payload in self._pending:
+            with suppress(ChunkError):
+                if self._take_usage(decode(payload)):
+                    self._usage.limit_output(self._meter.credit_tokens)
+        self._pending = []
 
     def _hand_over(self, payloads: list[bytes], now_s: float) -> list[Action]:
         """Paid payloads on their way to the client."""
@@ -522,6 +521,7 @@ class Exchange:
 
     def _cut(self, outcome: Outcome, now_s: float, refusal: Refused | None) -> list[Action]:
         """A budget ends the answer."""
+        self._take_waiting_usage()
         partial = None
         if self._aggregator is not None:
             partial = msgspec.Raw(self._whole_body(self._aggregator, outcome, now_s))
@@ -556,7 +556,7 @@ class Exchange:
             outcome, error = Outcome.QUOTA_EXCEEDED if self._reached_clamp() else Outcome.COMPLETED, None
         was_called = self.phase is not Phase.ADMITTING
         self.phase = Phase.ENDED
-        self._pending = []
+        self._take_waiting_usage()
         actions: list[Action] = []
         if was_called and outcome is not Outcome.COMPLETED:
             actions.append(CancelUpstream())
@@ -575,21 +575,16 @@ class Exchange:
     def _evidence(self, now_s: float) -> Evidence:
         meter = self._meter
         counted = msgspec.structs.replace(self._terms.input_counts, output=meter.output, reasoning=meter.reasoning)
-        since = TokenCounts()
-        if self._usage.seen:
-            # Nothing, where the usage comes last, as it should; a place holder at the start is not all.
-            since = TokenCounts(
-                output=meter.output - self._counted_at_usage[0], reasoning=meter.reasoning - self._counted_at_usage[1]
-            )
         sent_s = self._request_sent_s
-        room = meter.credit_tokens - meter.counted_tokens
-        hidden = 0 if sent_s is None else self._terms.hidden_tokens(now_s - sent_s, room_tokens=room)
+        seen, room = meter.output + meter.reasoning, meter.credit_tokens - meter.counted_tokens
+        elapsed_s = 0.0 if sent_s is None else now_s - sent_s
+        hidden = self._terms.hidden_tokens(elapsed_s, seen_tokens=seen, room_tokens=room)
         return Evidence(
             request_sent=sent_s is not None,
             first_byte=self._first_byte,
             counted=counted,
             provider=self._usage.counts if self._usage.seen else None,
-            forwarded_since_provider=since,
+            forwarded_since_provider=self._usage.forwarded_since(output=meter.output, reasoning=meter.reasoning),
             hidden_tokens=hidden,
         )
 

@@ -32,6 +32,9 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     context_limit_tokens: int | None = None
     """The largest context window of any version of the family."""
 
+    hidden_tokens_per_second: int = 0
+    """About how fast the model thinks unseen: what is charged of one that was left before it told its usage."""
+
     searches: bool = False
     """True where the provider searches the web for it unasked, at a price of its own."""
 
@@ -40,6 +43,8 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 UNKNOWN = ModelFacts()
+THINKING_TOKENS_PER_SECOND = 100
+"""Between what small and large reasoning models are seen to do, some 50 to 200 a second."""
 
 
 def _openai(
@@ -48,19 +53,28 @@ def _openai(
     context: int | None = None,
     output: int | None = None,
     visible: bool = False,
-    reasons: bool = False,
+    thinks: bool = False,
+    newer: bool = False,
 ) -> ModelFacts:
     return ModelFacts(
         tokenizer=tokenizer,
         visible_only=visible,
         output_limit_tokens=output,
         context_limit_tokens=context,
-        clamp_field="max_completion_tokens" if reasons else "max_tokens",
+        hidden_tokens_per_second=THINKING_TOKENS_PER_SECOND if thinks else 0,
+        clamp_field="max_completion_tokens" if thinks or newer else "max_tokens",
     )
 
 
-def _open(*, context: int | None = None, output: int | None = None, visible: bool = True) -> ModelFacts:
-    return ModelFacts(visible_only=visible, output_limit_tokens=output, context_limit_tokens=context)
+def _open(
+    *, context: int | None = None, output: int | None = None, visible: bool = True, thinks: bool = False
+) -> ModelFacts:
+    return ModelFacts(
+        visible_only=visible,
+        output_limit_tokens=output,
+        context_limit_tokens=context,
+        hidden_tokens_per_second=THINKING_TOKENS_PER_SECOND if thinks else 0,
+    )
 
 
 # The first pattern that matches at the start of the bare name counts.
@@ -81,12 +95,12 @@ _FAMILIES: tuple[tuple[str, ModelFacts], ...] = (
     (r"(chatgpt|gpt)-4o", _openai("o200k_base", context=128_000, output=16_384, visible=True)),
     # Its vocabulary is o200k, but the channel markers that it is billed for are never shown.
     (r"gpt-oss", _open(context=131_072, visible=False)),
-    (r"gpt-5-chat", _openai("o200k_base", context=128_000, output=16_384, reasons=True)),
-    (r"gpt-5(\.[12])?(-|$)", _openai("o200k_base", context=400_000, output=128_000, reasons=True)),
-    (r"gpt-5", _openai("o200k_base", output=128_000, reasons=True)),
-    (r"o1-mini", _openai("o200k_base", context=128_000, output=65_536, reasons=True)),
-    (r"o1-preview", _openai("o200k_base", context=128_000, output=32_768, reasons=True)),
-    (r"o[134](-|$)", _openai("o200k_base", context=200_000, output=100_000, reasons=True)),
+    (r"gpt-5-chat", _openai("o200k_base", context=128_000, output=16_384, newer=True)),
+    (r"gpt-5(\.[12])?(-|$)", _openai("o200k_base", context=400_000, output=128_000, thinks=True)),
+    (r"gpt-5", _openai("o200k_base", output=128_000, thinks=True)),
+    (r"o1-mini", _openai("o200k_base", context=128_000, output=65_536, thinks=True)),
+    (r"o1-preview", _openai("o200k_base", context=128_000, output=32_768, thinks=True)),
+    (r"o[134](-|$)", _openai("o200k_base", context=200_000, output=100_000, thinks=True)),
     # Anthropic; from 3.7 on thinking is billed in full and shown in part or not at all.
     (r"claude-(3-5|3\.5)", _open(context=200_000, output=8_192)),
     (r"claude-3-(haiku|sonnet|opus)", _open(context=200_000, output=4_096)),
@@ -94,7 +108,7 @@ _FAMILIES: tuple[tuple[str, ModelFacts], ...] = (
     # Google
     (r"gemini-1\.5", _open(context=2_097_152, output=8_192)),
     (r"gemini-2\.0-flash", _open(context=1_048_576, output=8_192)),
-    (r"gemini-2\.5", _open(context=1_048_576, output=65_536, visible=False)),
+    (r"gemini-2\.5", _open(context=1_048_576, output=65_536, visible=False, thinks=True)),
     (r"gemma-?2", _open(context=8_192)),
     (r"gemma-?3", _open(context=131_072)),
     # Meta

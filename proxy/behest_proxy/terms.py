@@ -49,6 +49,7 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     """The most output that the provider may bill, over all choices, where its limits make that known."""
     hidden_tokens_per_second: int = 0
 
-    def hidden_tokens(self, elapsed_s: float, *, room_tokens: int) -> int:
-        """An estimate of what a model thought unseen in so long, within what is held."""
-        return max(0, min(room_tokens, int(max(0.0, elapsed_s) * self.hidden_tokens_per_second)))
+    def hidden_tokens(self, elapsed_s: float, *, seen_tokens: int, room_tokens: int) -> int:
+        """An estimate of what a model thought in so long beside what was seen of it, within what is held."""
+        made_tokens = int(max(0.0, elapsed_s) * self.hidden_tokens_per_second)
+        return max(0, min(room_tokens, made_tokens - seen_tokens))

@@ -71,7 +71,7 @@ class UsageState:
     growing one in every chunk, Anthropic a place holder before the first token.)
     """
 
-    __slots__ = ("counts", "members", "seen")
+    __slots__ = ("_output", "_reasoning", "counts", "members", "seen")
 
     def __init__(self) -> None:
         self.counts = TokenCounts()
@@ -79,15 +79,28 @@ class UsageState:
         """The report that counts, as the provider wrote it."""
         self.seen = False
         """True once a report with at least one token came: then the provider's number is charged."""
+        self._output = self._reasoning = 0
 
-    def update(self, usage: Mapping[str, Any]) -> None:
-        """Takes a further report of the same answer into account."""
+    def update(self, usage: Mapping[str, Any], *, output: int = 0, reasoning: int = 0) -> None:
+        """Takes a further report of the same answer into account; so many tokens were forwarded before it."""
         counts = normalise(usage)
         size = counts.input_tokens + counts.output_tokens
         if size and size >= self.counts.input_tokens + self.counts.output_tokens:
             self.counts = counts
             self.members = usage
             self.seen = True
+            self._output, self._reasoning = output, reasoning
+
+    def limit_output(self, tokens: int) -> None:
+        """Where the report came with text that nobody could pay for: what is above the hold is not charged."""
+        if self.counts.output_tokens > tokens:
+            self.counts, self.members = self.counts.with_output_at_most(tokens), None
+
+    def forwarded_since(self, *, output: int, reasoning: int) -> TokenCounts:
+        """What came behind the report. Nothing, where it came last, as it should; a place holder is not all."""
+        if not self.seen:
+            return TokenCounts()
+        return TokenCounts(output=output - self._output, reasoning=reasoning - self._reasoning)
 
 
 def as_openai(counts: TokenCounts) -> dict[str, Any]:

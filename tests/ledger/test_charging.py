@@ -81,6 +81,8 @@ def test_a_cut_stream_with_hidden_output_is_charged_an_estimate_of_it() -> None:
     hidden = msgspec.structs.replace(evidence(), hidden_tokens=50)
     cut = charge(Outcome.CLIENT_CANCELLED, hidden)
     assert (cut.counts.reasoning, cut.counts.output, cut.source) == (53, 20, "estimate")
+    early = charge(Outcome.CLIENT_CANCELLED, msgspec.structs.replace(hidden, first_byte=False))
+    assert (early.counts, early.source) == (TokenCounts(input=100, cache_read=7, reasoning=50), "estimate")
     assert charge(Outcome.COMPLETED, hidden) == Charge(counts=COUNTED, source="local", sent=True)
     told = msgspec.structs.replace(hidden, provider=PROVIDER)
     assert charge(Outcome.CLIENT_CANCELLED, told).counts == PROVIDER

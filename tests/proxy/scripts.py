@@ -108,6 +108,12 @@ def clamped(**changes: Any) -> Exchange:
     return under
 
 
+def fed(under: Exchange, data: bytes, at_s: float) -> list[Action]:
+    """One read of the provider's bytes, as its `Conduct` hands it in."""
+    events = under.passes(data)
+    return [Write(data, events), *under.ask_ahead()] if events else under.parsed(data, at_s)
+
+
 # --- events in -------------------------------------------------------------------------------------------------
 
 
@@ -133,7 +139,7 @@ def head(status: int, headers: Any = EVENT_STREAM) -> Event:
 
 def raw(data: bytes, at_s: float = 0.0) -> Event:
     """One read of the provider's bytes."""
-    return lambda under: under.upstream_data(data, at_s)
+    return lambda under: fed(under, data, at_s)
 
 
 def read(*payloads: bytes, at_s: float = 0.0) -> Event:

@@ -36,6 +36,7 @@ from proxy.scripts import (
     SUSPENDED,
     USAGE,
     Cut,
+    Event,
     Failed,
     Settled,
     admitted,
@@ -49,6 +50,7 @@ from proxy.scripts import (
     event_of,
     exchange,
     failed,
+    fed,
     finish,
     gone,
     granted,
@@ -303,7 +305,7 @@ def test_no_more_than_the_callers_own_limit_has_to_be_held() -> None:
 
 def test_a_stream_that_our_limit_ended_is_no_answer_of_that_length_but_a_budgets_end() -> None:
     under = clamped()
-    write, *rest = under.upstream_data(data_event(text("Hello", finish="length")), 0.0)
+    write, *rest = fed(under, data_event(text("Hello", finish="length")), 0.0)
     assert rest == []
     assert event_of(write) == json.loads(text("Hello"))
     play(
@@ -328,10 +330,10 @@ SHORT = chunk(usage=usage(12, 3))
 def test_a_stream_that_ended_before_our_limit_was_reached_ends_for_its_length() -> None:
     under = clamped()
     play(under, (read(text("Hel")), [wrote(text("Hel"))]))
-    (write,) = under.upstream_data(data_event(finish("length")), 0.0)
+    (write,) = fed(under, data_event(finish("length")), 0.0)
     assert event_of(write)["choices"][0]["finish_reason"] is None
     play(under, (read(SHORT), []))
-    write, *rest = under.upstream_data(data_event(DONE_EVENT), 0.0)
+    write, *rest = fed(under, data_event(DONE_EVENT), 0.0)
     assert isinstance(write, Write)
     end, done = write.data.split(b"\n\n", 1)
     members = json.loads(end.removeprefix(b"data: "))
@@ -344,22 +346,22 @@ def test_a_stream_that_ended_before_our_limit_was_reached_ends_for_its_length() 
 def test_two_choices_reach_our_limit_only_where_both_used_it() -> None:
     for used, outcome in ((10, QUOTA_EXCEEDED), (8, QUOTA_EXCEEDED), (7, COMPLETED)):
         under = clamped(choices=2)
-        under.upstream_data(data_event(finish("length")) + data_event(finish("length", index=1)), 0.0)
-        under.upstream_data(data_event(chunk(usage=usage(12, used))), 0.0)
-        *_, settle = under.upstream_data(data_event(DONE_EVENT), 0.0)
+        fed(under, data_event(finish("length")) + data_event(finish("length", index=1)), 0.0)
+        fed(under, data_event(chunk(usage=usage(12, used))), 0.0)
+        *_, settle = fed(under, data_event(DONE_EVENT), 0.0)
         assert settle == Settled(outcome, "provider", 12, used)
 
 
 def test_a_choice_that_stopped_by_itself_keeps_its_finish_reason() -> None:
     under = clamped(choices=2)
     both = chunk(choice({"content": "a"}, finish="stop"), choice({"content": "b"}, index=1, finish="length"))
-    (write,) = under.upstream_data(data_event(both), 0.0)
+    (write,) = fed(under, data_event(both), 0.0)
     assert [each["finish_reason"] for each in event_of(write)["choices"]] == ["stop", None]
 
 
 def test_chunks_after_a_rewritten_one_are_not_touched() -> None:
     under = clamped(choices=2)
-    under.upstream_data(data_event(finish("length")), 0.0)
+    fed(under, data_event(finish("length")), 0.0)
     play(under, (read(text("x", index=1)), [wrote(text("x", index=1))]))
     play(under, (read(finish(index=1)), [wrote(finish(index=1))]))
 
@@ -376,6 +378,17 @@ def test_the_callers_own_limit_is_an_ordinary_end() -> None:
     )
 
 
+@pytest.mark.parametrize(("told", "charged"), [(20, 20), (150, 100)])
+@pytest.mark.parametrize(("end", "outcome"), [(credited(QUOTA), QUOTA_EXCEEDED), (gone(), CANCELLED)])
+def test_usage_that_waits_behind_text_nobody_paid_for_is_charged_as_far_as_it_was_held(
+    end: Event, outcome: Outcome, told: int, charged: int
+) -> None:
+    under = streaming(100)
+    fed(under, data_event(text("a" * 101)) + data_event(finish()) + data_event(chunk(usage=usage(5000, told))), 0.0)
+    *_, settle = end(under)
+    assert settle == Settled(outcome, "provider", 5000, charged)
+
+
 def test_hidden_output_that_was_cut_short_is_estimated_within_the_hold() -> None:
     def cut_after(seconds: float) -> Settle:
         under = calling(metered=False, cap_tokens=500, hidden_tokens_per_second=20)
@@ -384,6 +397,12 @@ def test_hidden_output_that_was_cut_short_is_estimated_within_the_hold() -> None
         assert isinstance(settle, Settle)
         return settle
 
-    assert cut_after(2.0).charge.counts == TokenCounts(input=10, output=3, reasoning=40)
+    assert cut_after(2.0).charge.counts == TokenCounts(input=10, output=3, reasoning=37)
     assert cut_after(2.0).charge.source == "estimate"
     assert cut_after(1000.0).charge.counts == TokenCounts(input=10, output=3, reasoning=497)
+    assert cut_after(0.1).charge.counts == TokenCounts(input=10, output=3)
+
+
+def test_a_model_that_thinks_is_charged_an_estimate_also_when_it_was_left_before_its_first_byte() -> None:
+    under = calling(metered=False, cap_tokens=500, hidden_tokens_per_second=20)
+    assert under.client_gone(2.0)[-1] == Settled(CANCELLED, "estimate", 10, 0, 40)

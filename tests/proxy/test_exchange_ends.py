@@ -35,6 +35,7 @@ from proxy.scripts import (
     ended,
     exchange,
     failed,
+    fed,
     finish,
     gone,
     granted,
@@ -126,7 +127,7 @@ def test_a_client_that_leaves_after_one_of_two_finish_reasons_has_cancelled() ->
 
 def test_a_client_that_leaves_after_our_limit_ended_its_answer_was_out_of_quota() -> None:
     under = clamped()
-    under.upstream_data(data_event(finish("length")), 0.0)
+    fed(under, data_event(finish("length")), 0.0)
     play(under, (gone(), [Linger()]), (read(DONE_EVENT), [CANCEL, Settled(QUOTA_EXCEEDED, "local", 10)]))
 
 
@@ -176,8 +177,8 @@ def test_a_suspended_project_kills_its_streams() -> None:
 
 def test_the_facts_of_an_end_explain_it() -> None:
     under = streaming()
-    under.upstream_data(data_event(text("Hello")) + data_event(finish("st\x00p" + "x" * 100)), 0.0)
-    settle = under.upstream_data(DONE, 0.0)[-1]
+    fed(under, data_event(text("Hello")) + data_event(finish("st\x00p" + "x" * 100)), 0.0)
+    settle = fed(under, DONE, 0.0)[-1]
     assert isinstance(settle, Settle)
     assert settle.facts == {
         "chunks": 3,

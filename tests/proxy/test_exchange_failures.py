@@ -32,6 +32,7 @@ from proxy.scripts import (
     event_of,
     exchange,
     failed,
+    fed,
     finish,
     head,
     play,
@@ -86,7 +87,7 @@ def test_an_error_in_the_stream_becomes_the_terminal_event(error: Any) -> None:
     payload = json.dumps({"error": error}).encode()
     message = "overloaded" if "overloaded" in str(error) else "half ?"
     under = streaming()
-    cancel, write, *rest = under.upstream_data(data_event(payload), 0.0)
+    cancel, write, *rest = fed(under, data_event(payload), 0.0)
     assert cancel == CANCEL
     assert write == Cut(502, "upstream_error")
     assert event_of(write)["error"]["details"]["upstream"]["message"] == message
@@ -188,7 +189,7 @@ def test_a_provider_that_fails_is_an_error_that_costs_nothing(status: int) -> No
 def test_an_endless_refusal_is_read_up_to_its_bound() -> None:
     under = calling()
     play(under, (head(400), []), (raw(b"x" * ERROR_BODY_BYTES_MAX), []))
-    respond, *rest = under.upstream_data(b"x", 0.0)
+    respond, *rest = fed(under, b"x", 0.0)
     assert isinstance(respond, Respond)
     assert respond.status == 400
     assert rest == [CANCEL, Settled(Outcome.REFUSED, "none")]

@@ -32,6 +32,7 @@ from proxy.scripts import (
     ended,
     exchange,
     failed,
+    fed,
     finish,
     gone,
     head,
@@ -57,7 +58,7 @@ def body_of(action: Action) -> dict[str, Any]:
 def test_an_answer_as_a_whole_is_put_together_and_given_at_its_end() -> None:
     under = streaming(**WHOLE)
     play(under, (read(text("Hel")), []), (read(text("lo"), finish(), USAGE), []))
-    respond, *rest = under.upstream_data(b"data: [DONE]\n\n", 0.0)
+    respond, *rest = fed(under, b"data: [DONE]\n\n", 0.0)
     body = body_of(respond)
     assert body["choices"][0]["message"] == {"role": "assistant", "content": "Hello"}
     assert body["choices"][0]["finish_reason"] == "stop"
@@ -103,7 +104,7 @@ def test_who_leaves_before_the_answer_as_a_whole_has_cancelled_also_after_its_fi
 def test_an_answer_as_a_whole_that_our_limit_ended_is_402_with_what_there_is() -> None:
     under = clamped(streamed=False)
     play(under, (read(text("Hello", finish="length"), USAGE), []))
-    cancel, fail, settle = under.upstream_data(b"data: [DONE]\n\n", 0.0)
+    cancel, fail, settle = fed(under, b"data: [DONE]\n\n", 0.0)
     assert cancel == CANCEL
     assert fail == Failed(402, "quota_exceeded")
     assert isinstance(fail, Fail)
@@ -119,7 +120,7 @@ def test_an_answer_as_a_whole_that_our_limit_ended_is_402_with_what_there_is() -
 def test_an_answer_as_a_whole_that_ended_before_our_limit_was_reached_is_an_answer() -> None:
     under = clamped(streamed=False)
     play(under, (read(text("Hel", finish="length"), chunk(usage=usage(12, 3))), []))
-    respond, *rest = under.upstream_data(b"data: [DONE]\n\n", 0.0)
+    respond, *rest = fed(under, b"data: [DONE]\n\n", 0.0)
     assert body_of(respond)["choices"][0]["finish_reason"] == "length"
     assert rest == [Settled(COMPLETED, "provider", 12, 3)]
 
@@ -127,7 +128,7 @@ def test_an_answer_as_a_whole_that_ended_before_our_limit_was_reached_is_an_answ
 def test_what_there_is_may_hold_half_of_a_pair() -> None:
     under = clamped(streamed=False)
     play(under, (read(text("half \ud83d", finish="length")), []))
-    _, fail, _ = under.upstream_data(b"data: [DONE]\n\n", 0.0)
+    _, fail, _ = fed(under, b"data: [DONE]\n\n", 0.0)
     assert isinstance(fail, Fail)
     assert b'"half \\ud83d"' in fail.error.envelope()
 
@@ -137,7 +138,7 @@ def test_an_answer_as_a_whole_that_grows_too_large_is_an_error() -> None:
     big = text("x" * 4_000_000)
     for _ in range(8):
         play(under, (read(big), []))
-    actions = under.upstream_data(data_event(big), 0.0)
+    actions = fed(under, data_event(big), 0.0)
     assert actions[:2] == [CANCEL, Failed(502, "upstream_error")]
     assert isinstance(actions[-1], Settle)
 
@@ -232,7 +233,7 @@ def test_a_whole_answer_that_our_limit_ended_is_a_budgets_end_and_one_that_ended
 @pytest.mark.parametrize("body", [b"", b"{", b'{"choices": []}', b'{"error": {"message": "no"}}'])
 def test_a_whole_answer_that_is_none_is_an_error(body: bytes, streamed: bool) -> None:
     under = plainly(streamed=streamed)
-    under.upstream_data(body, 0.0)
+    fed(under, body, 0.0)
     cancel, *shown, settle = under.upstream_end(0.0)
     assert cancel == CANCEL
     assert shown == ([Cut(502, "upstream_error"), Finish()] if streamed else [Failed(502, "upstream_error")])
@@ -251,8 +252,8 @@ def test_a_whole_answer_without_an_end_of_its_size_is_an_error() -> None:
     under = plainly()
     piece = b"x" * (1 << 20)
     for _ in range(32):
-        assert under.upstream_data(piece, 0.0) == []
-    cancel, cut, finish_, settle = under.upstream_data(piece, 0.0)
+        assert fed(under, piece, 0.0) == []
+    cancel, cut, finish_, settle = fed(under, piece, 0.0)
     assert (cancel, finish_) == (CANCEL, Finish())
     assert cut == Cut(502, "upstream_error")
     assert settle == Settled(BROKEN, "local", 10)

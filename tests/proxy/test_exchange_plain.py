@@ -31,6 +31,7 @@ from proxy.scripts import (
     event_of,
     exchange,
     failed,
+    fed,
     finish,
     gone,
     head,
@@ -81,7 +82,7 @@ def test_comments_ids_and_blank_events_are_dropped_and_the_framing_is_ours() -> 
 def test_usage_that_was_asked_for_is_forwarded_with_its_cost() -> None:
     under = streaming(include_usage=True)
     play(under, (read(text("Hello"), finish()), [wrote(text("Hello"), finish())]))
-    (write,) = under.upstream_data(data_event(USAGE), 0.0)
+    (write,) = fed(under, data_event(USAGE), 0.0)
     event = event_of(write)
     assert event.pop("usage") == {**usage(12, 5), "cost_usd": 6.2e-9}
     assert event == {key: value for key, value in json.loads(USAGE).items() if key != "usage"}
@@ -104,7 +105,7 @@ def test_a_usage_chunk_with_a_choice_of_nothing_is_dropped_once_all_have_finishe
 def test_a_provider_without_usage_gets_a_usage_chunk_of_ours_for_who_asked() -> None:
     under = streaming(include_usage=True)
     play(under, (read(text("Hello"), finish()), [wrote(text("Hello"), finish())]))
-    write, *rest = under.upstream_data(b"data: [DONE]\n\n", 0.0)
+    write, *rest = fed(under, b"data: [DONE]\n\n", 0.0)
     event = event_of(write)
     assert (event["id"], event["model"], event["created"], event["choices"]) == ("c1", "heron-1", 5, [])
     assert event["usage"]["prompt_tokens"] == 10
@@ -118,7 +119,7 @@ def test_a_provider_without_usage_gets_a_usage_chunk_of_ours_for_who_asked() -> 
 def test_usage_that_only_an_unknown_member_holds_is_said_in_a_chunk_of_ours() -> None:
     under = streaming(include_usage=True)
     last = finish(x_groq={"usage": usage(12, 5)})
-    write, end, *rest = under.upstream_data(data_event(last) + DONE, 0.0)
+    write, end, *rest = fed(under, data_event(last) + DONE, 0.0)
     assert write == wrote(last)
     assert event_of(end)["usage"]["completion_tokens"] == 5
     assert rest == [Finish(), Settled(COMPLETED, "provider", 12, 5)]

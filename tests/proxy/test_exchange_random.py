@@ -20,7 +20,7 @@ from behest_proxy.errors import Forbidden
 from behest_proxy.meter import RESERVE_PER_CHOICE_TOKENS, RESERVE_PER_TOOL_CALL_TOKENS
 from behest_proxy.sse import DONE_PAYLOAD, SseFramer
 from behest_proxy.terms import Phase
-from proxy.scripts import EVENT_STREAM, QUOTA, SUSPENDED, exchange
+from proxy.scripts import EVENT_STREAM, QUOTA, SUSPENDED, exchange, fed
 
 STREAMS = [path.read_bytes() for path in sorted((Path(__file__).parent / "streams").glob("*.sse"))]
 
@@ -107,7 +107,7 @@ class AnyLife(RuleBasedStateMachine):
         if self.under.phase in (Phase.STREAMING, Phase.LINGERING):
             self.given += self.stream[:size]
         data, self.stream = self.stream[:size], self.stream[size:]
-        self._do(self.under.upstream_data(data, at_s))
+        self._do(fed(self.under, data, at_s))
 
     @precondition(lambda self: self.open_asks)
     @rule(tokens=st.integers(1, 40), at_s=TIMES)

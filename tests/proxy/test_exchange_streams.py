@@ -21,7 +21,7 @@ from behest_proxy.sse import DONE_PAYLOAD, NamedEvent, SseFramer
 from behest_proxy.terms import Phase
 from behest_proxy.tokens import counter_for
 from behest_proxy.usage import normalise
-from proxy.scripts import EVENT_STREAM, exchange
+from proxy.scripts import EVENT_STREAM, exchange, fed
 
 STREAMS = Path(__file__).parent / "streams"
 EXPECTED: dict[str, dict[str, Any]] = json.loads((STREAMS / "expected.json").read_text())
@@ -43,7 +43,7 @@ class Passed:
         at = 0
         while at < len(stream):
             size = chance.choice(sizes)
-            self._do(under, under.upstream_data(stream[at : at + size], 0.0))
+            self._do(under, fed(under, stream[at : at + size], 0.0))
             at += size
         self._do(under, under.upstream_end(0.0))
         assert under.phase is Phase.ENDED

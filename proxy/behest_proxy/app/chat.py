@@ -341,7 +341,8 @@ def _exchange(
 ) -> Exchange:
     granted_tokens = grant.output_tokens if grant is not None else hold.want_tokens
     limit = limit_for(hold, granted_tokens=granted_tokens, choices=request.choices)
-    hidden = model.route.entry.hidden_tokens_per_second if model.route.entry is not None else None
+    stated = model.route.entry.hidden_tokens_per_second if model.route.entry is not None else None
+    hidden = model.facts.hidden_tokens_per_second if stated is None else stated
     return Exchange(
         Terms(
             streamed=request.stream,
@@ -357,7 +358,7 @@ def _exchange(
             metered=hold.metered,
             clamp_tokens=limit.send_tokens if limit.lowered_by_budget else None,
             cap_tokens=limit.cap_tokens,
-            hidden_tokens_per_second=0 if hold.metered else hidden or 0,
+            hidden_tokens_per_second=0 if hold.metered else hidden,
         )
     )
 
