@@ -1,3 +1,4 @@
+from collections.abc import Awaitable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -161,3 +162,44 @@ def test_the_status_of_a_soft_budget_may_be_below_zero_and_is_never_exhausted(ds
         assert status.wire()["remaining"] == "-20"
 
     keep_books(dsn, work)
+
+
+_READ = """
+SELECT relname, sum(coalesce(seq_tup_read, 0) + coalesce(idx_tup_fetch, 0))::integer FROM pg_stat_xact_user_tables
+WHERE schemaname = 'ledger' AND relname IN ('budget_subject', 'budget_window') GROUP BY 1
+"""
+# 300 budgets with 10 users each; three of them have 1,000 more.
+_FILL = """
+INSERT INTO ledger.budget (tenant_id, budget_id, namespace, name, scope, per, unit, limit_amount, period, alignment,
+                           time_zone, enforcement)
+SELECT 'acme', 'demo/' || n, 'demo', n, '{}', '{user}', 'usd', 1000, 'day', 'calendar', 'UTC', 'hard'
+FROM generate_series(1, 300) AS n;
+INSERT INTO ledger.budget_window (tenant_id, budget_id, subject, unit, token_kind, starts_at, ends_at, limit_amount,
+                                  ceiling)
+SELECT 'acme', 'demo/' || 1 + n % CASE WHEN n <= 3000 THEN 300 ELSE 3 END, jsonb_build_array('user ' || n), 'usd',
+       'both', now(), now() + interval '1 day', 1000, 1000 FROM generate_series(1, 6000) AS n;
+INSERT INTO ledger.budget_subject SELECT tenant_id, budget_id, subject, window_id FROM ledger.budget_window;
+VACUUM ANALYZE
+"""
+
+
+def test_however_many_sessions_share_a_budget_each_of_its_windows_is_read_once(database: str) -> None:
+    async def work(books: Books) -> None:
+        for statement in _FILL.split(";"):
+            await books.connection.execute(statement)
+        async with books.connection.acquire() as connection:
+            budgets = {item.record.name: item for item in await read_budgets(connection, None)}
+            assert [budgets[name].active for name in ("1", "4")] == [1010, 10]
+
+            async def read(ask: Awaitable[object]) -> dict[str, int]:
+                async with connection.transaction(isolation="repeatable_read", readonly=True):
+                    before = dict(map(tuple, await connection.fetch(_READ)))
+                    await ask
+                    after = dict(map(tuple, await connection.fetch(_READ)))
+                return {table: number - before.get(table, 0) for table, number in after.items()}
+
+            assert await read(read_budgets(connection, None)) == {"budget_subject": 6000, "budget_window": 6000}
+            one = budget_status(connection, budgets["4"].record)
+            assert await read(one) == {"budget_subject": 10, "budget_window": 10}
+
+    keep_books(database, work, clean=False)
