@@ -58,7 +58,12 @@ class Credentials:
             raise KubernetesError(0, "this is no pod with a service account, and KUBECONFIG is not set")
         try:
             return cls._from_kubeconfig(Path(kubeconfig))
-        except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        except yaml.YAMLError as error:
+            # Whole, it would show the line that cannot be read: perhaps the one with the token.
+            mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
+            place = f", line {mark.line + 1}" if mark is not None else ""
+            raise KubernetesError(0, f"KUBECONFIG: {kubeconfig} is no YAML{place}") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise KubernetesError(
                 0, f"KUBECONFIG: {kubeconfig} cannot be used: {type(error).__name__}: {error}"
             ) from None

@@ -241,7 +241,7 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ),
     (
         upstream(baseURL="https://api.example.com/v1?key=1"),
-        'Upstream demo/it: spec.baseURL: must have no query and no fragment, got "https://api.example.com/v1?key=1"',
+        "Upstream demo/it: spec.baseURL: must have no query and no fragment",
     ),
     (
         upstream(baseURL="https://api.example.com:99999"),
@@ -253,10 +253,19 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     (upstream(credentials={}), "Upstream demo/it: spec.credentials: must have exactly one of secretKeyRef and env"),
     (
         upstream(credentials={"env": "sk-12345"}),
-        (
-            "Upstream demo/it: spec.credentials.env: must be the name of an environment variable such as"
-            ' OPENAI_API_KEY, got "sk-12345"'
-        ),
+        "Upstream demo/it: spec.credentials.env: must be the name of an environment variable such as OPENAI_API_KEY",
+    ),
+    (
+        upstream(baseURL="https://user:sec/ret@api.example.com"),
+        ('Upstream demo/it: spec.baseURL: must be an absolute http or https URL such as "https://api.openai.com/v1"'),
+    ),
+    (
+        upstream(credentials={"secretKeyRef": {"name": "sk-12345-ABC", "key": "api-key"}}),
+        "Upstream demo/it: spec.credentials.secretKeyRef.name: must be the name of a Secret, not the key itself",
+    ),
+    (
+        upstream(credentials={"secretKeyRef": {"name": "openai", "key": "sk 12345"}}),
+        "Upstream demo/it: spec.credentials.secretKeyRef.key: must be a key of a Secret, not what it holds",
     ),
     (
         upstream(credentials={"secretKeyRef": {"name": "openai"}}),

@@ -172,6 +172,19 @@ def test_outside_a_pod_kubeconfig_says_where_the_api_server_is(tmp_path: Path, m
     assert (found.server, found.headers()) == ("https://api.example.com:6443", {"Authorization": "Bearer secret"})
 
 
+@pytest.mark.parametrize("text", ["users:\n- {user: {token: sec: ret}}", 'token: "secret', "token: !secret"])
+def test_a_kubeconfig_that_cannot_be_read_is_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    path = tmp_path / "kubeconfig"
+    path.write_text(text)
+    monkeypatch.setenv("KUBECONFIG", str(path))
+    with pytest.raises(KubernetesError, match=r"kubeconfig is no YAML, line \d$") as caught:
+        Credentials.find()
+    assert "sec" not in str(caught.value)
+
+
 @pytest.mark.parametrize("text", ["", "a: [", "current-context: x", "- 1"])
 def test_a_kubeconfig_that_says_nothing_useful_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str

@@ -127,13 +127,18 @@ def absolute_url(path: str, url: str, *, query: bool = False) -> Iterator[Proble
     if parts is None or parts.scheme not in ("http", "https") or not is_host(parts.hostname) or "\\" in url:
         yield (
             path,
-            f'must be an absolute http or https URL such as "https://api.openai.com/v1", got {shown(url)}',
+            f'must be an absolute http or https URL such as "https://api.openai.com/v1"{_got(url)}',
         )
         return
     if "@" in parts.netloc:
         yield path, "must not contain credentials: use spec.credentials"
     if ("?" in url and not query) or "#" in url:
-        yield path, f"must have no query and no fragment, got {shown(url)}"
+        yield path, f"must have no query and no fragment{_got(url)}"
+
+
+def _got(url: str) -> str:
+    """What was given, unless that may hold a password or a key: this is told in Events and logs."""
+    return "" if any(sign in url for sign in "@?#") else f", got {shown(url)}"
 
 
 def split_url(url: str) -> SplitResult | None:

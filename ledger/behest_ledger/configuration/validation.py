@@ -203,18 +203,14 @@ def _upstream(spec: UpstreamSpec) -> Iterator[Problem]:
         reference, variable = spec.credentials.secret_key_ref, spec.credentials.env
         if (reference is None) == (variable is None):
             yield "spec.credentials", "must have exactly one of secretKeyRef and env"
+        # Who mistakes these for the key itself does not find it in an Event: what was given is not shown.
         if reference:
-            yield from dns_name("spec.credentials.secretKeyRef.name", reference.name)
+            for path, _ in dns_name("spec.credentials.secretKeyRef.name", reference.name):
+                yield path, "must be the name of a Secret, not the key itself"
             if not re.fullmatch(r"[-._a-zA-Z0-9]{1,253}", reference.key):
-                yield (
-                    "spec.credentials.secretKeyRef.key",
-                    f"must be a key of a Secret, got {shown(reference.key)}",
-                )
+                yield "spec.credentials.secretKeyRef.key", "must be a key of a Secret, not what it holds"
         if variable is not None and not _ENVIRONMENT_NAME.fullmatch(variable):
-            yield (
-                "spec.credentials.env",
-                f"must be the name of an environment variable such as OPENAI_API_KEY, got {shown(variable)}",
-            )
+            yield "spec.credentials.env", "must be the name of an environment variable such as OPENAI_API_KEY"
     for name, seconds in (
         ("connectSeconds", spec.timeouts.connect_seconds),
         ("firstByteSeconds", spec.timeouts.first_byte_seconds),
