@@ -1,9 +1,10 @@
 """The owner of a request, where only its parts are real."""
 
 import asyncio
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
-from uuid import UUID
+from uuid import UUID, uuid4
 
 from behest_ledger.charging import Outcome
 from behest_ledger.holds import Admission, Answer, Granted, Settlement
@@ -12,40 +13,47 @@ from behest_ledger.store.credit import Account, AnswerCall
 from behest_ledger.token_counts import TokenCounts
 from behest_proxy.app.conduct import Conduct
 from behest_proxy.app.context import RequestContext
+from behest_proxy.app.generation import Generation
 from behest_proxy.app.memory import Memory
 from behest_proxy.errors import LedgerUnavailable
 from behest_proxy.exchange import Exchange
 from behest_proxy.terms import Terms
 
 CHUNK = b'data: {"choices":[{"index":0,"delta":{"content":"%b"}}]}\n\n'
+CLIENT_STALL_S = 60.0
 RATES = Rates(price_key="test", base=ClassRates.of({"input": 1, "output": 1}))
 
 
 class _Call:
+    paused = False
+
     def cancel(self) -> None: ...
 
-    def pause(self) -> None: ...
+    def pause(self) -> None:
+        self.paused = True
 
-    def resume(self) -> None: ...
+    def resume(self) -> None:
+        self.paused = False
 
 
 class _Client:
-    on_gone = on_resume = None
-    paused = gone = False
-
     def __init__(self) -> None:
+        self.on_gone: Callable[[], None] | None = None
+        self.on_resume: Callable[[], None] | None = None
+        self.paused = self.gone = False
         self.written = b""
+        self.over = ""
 
     def begin(self, status: int, headers: Any) -> None: ...
 
     def write(self, data: bytes) -> None:
         self.written += data
 
-    def end(self) -> None: ...
+    def end(self) -> None:
+        self.over = "end"
 
-
-def _call(_request: Any, _handler: Any) -> _Call:
-    return _Call()
+    def reset(self) -> None:
+        self.over = "reset"
 
 
 def _nothing(_account: Account) -> None: ...
@@ -55,9 +63,10 @@ class _Gateway:
     """A gateway with one request; the credit desk remembers whom to answer."""
 
     def __init__(self) -> None:
-        self.settings = SimpleNamespace(keep_alive_s=60.0, client_stall_s=60.0)
+        self.settings = SimpleNamespace(keep_alive_s=60.0, client_stall_s=CLIENT_STALL_S)
         self.holder = SimpleNamespace(lives=True)
-        self.upstream = SimpleNamespace(send=_call)
+        self.call = _Call()
+        self.upstream = SimpleNamespace(send=self._send)
         self.writer = SimpleNamespace(submit=self._submit)
         self.desk = SimpleNamespace(open=self._open, ask=self._ask, ended=_nothing)
         self.settlements: list[Settlement] = []
@@ -73,6 +82,9 @@ class _Gateway:
 
     def ended(self, conduct: Conduct) -> None: ...
 
+    def _send(self, _request: Any, _handler: Any) -> _Call:
+        return self.call
+
     def _submit(self, settlement: Settlement) -> None:
         self.settlements.append(settlement)
 
@@ -83,9 +95,9 @@ class _Gateway:
         self.asked.append(answer)
 
 
-async def _short_of_credit() -> tuple[_Gateway, _Client, Conduct]:
-    """A stream that got ten tokens of sixteen and waits with ten more."""
-    gateway, client = _Gateway(), _Client()
+async def _streaming(client: _Client | Generation) -> tuple[_Gateway, Conduct]:
+    """A stream of up to sixteen tokens whose provider has begun to answer."""
+    gateway = _Gateway()
     terms = Terms(
         streamed=True, include_usage=False, choices=1, input_counts=TokenCounts(input=3), count=len, ratio=1.0,
         amount_pico=RATES.amount_pico, metered=False,
@@ -102,6 +114,13 @@ async def _short_of_credit() -> tuple[_Gateway, _Client, Conduct]:
     await conduct.admit()
     conduct.on_request_sent()
     conduct.on_head(200, [(b"content-type", b"text/event-stream")])
+    return gateway, conduct
+
+
+async def _short_of_credit() -> tuple[_Gateway, _Client, Conduct]:
+    """A stream that got ten tokens of sixteen and waits with ten more."""
+    client = _Client()
+    gateway, conduct = await _streaming(client)
     conduct.on_data(CHUNK % (b"~" * 10))
     conduct.on_data(CHUNK % (b"+" * 10))
     assert client.written.count(b"~") == 10
@@ -125,5 +144,62 @@ def test_a_grant_that_reaches_a_holder_after_its_deadline_passes_nothing_on() ->
         assert client.written.count(b"+") == 0
         (settlement,) = gateway.settlements
         assert (settlement.outcome, settlement.output_tokens) == ("ledger_unavailable", 10)
+
+    asyncio.run(main())
+
+
+class _Clock:
+    """The running loop's time, which passes only when it is told to."""
+
+    def __init__(self) -> None:
+        self._now_s = 0.0
+        cast(Any, asyncio.get_running_loop()).time = lambda: self._now_s
+
+    async def passes(self, seconds: float) -> None:
+        self._now_s += seconds
+        await asyncio.sleep(0)  # timers that are due are found
+        await asyncio.sleep(0)  # and run
+
+
+def _follow(generation: Generation, client: _Client) -> None:
+    generation.follow(cast(Any, client), RequestContext(()), after=0, ids=False)
+
+
+def test_a_client_that_joins_a_stalled_reply_gets_all_of_it() -> None:
+    async def main() -> None:
+        generation, stuck, joined = Generation(generation_id=uuid4(), tenant_id="acme"), _Client(), _Client()
+        clock = _Clock()
+        _follow(generation, stuck)
+        gateway, conduct = await _streaming(generation)
+        stuck.paused = True
+        conduct.on_data(CHUNK % b"~")
+        assert gateway.call.paused
+        _follow(generation, joined)
+        assert not gateway.call.paused
+        conduct.on_data(CHUNK % b"+")
+        await clock.passes(2 * CLIENT_STALL_S)
+        assert (joined.written.count(b"~"), joined.written.count(b"+"), joined.over) == (1, 1, "")
+        assert not gateway.settlements
+
+    asyncio.run(main())
+
+
+def test_a_client_that_takes_what_it_lacks_slowly_is_not_stuck_and_one_that_stops_is() -> None:
+    async def main() -> None:
+        generation, client = Generation(generation_id=uuid4(), tenant_id="acme"), _Client()
+        clock = _Clock()
+        _follow(generation, client)
+        gateway, conduct = await _streaming(generation)
+        client.paused = True
+        conduct.on_data(CHUNK % b"~")
+        for _ in range(4):  # longer than the time in all, and each time something was taken
+            await clock.passes(CLIENT_STALL_S / 2)
+            assert client.on_resume is not None
+            client.on_resume()  # it took some, and is full again with what it was given at once
+        assert (client.over, gateway.settlements, gateway.call.paused) == ("", [], True)
+        await clock.passes(CLIENT_STALL_S)
+        assert client.over == "reset"
+        (settlement,) = gateway.settlements
+        assert settlement.outcome == "client_cancelled"
 
     asyncio.run(main())

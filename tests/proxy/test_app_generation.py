@@ -130,6 +130,23 @@ def test_a_slow_client_holds_up_nobody_and_catches_up() -> None:
     run(test)
 
 
+def test_a_client_that_joins_a_reply_whose_other_client_is_stuck_gets_the_provider_going_again() -> None:
+    def test() -> None:
+        generation = a_generation()
+        resumed: list[bool] = []
+        generation.on_resume = lambda: resumed.append(generation.paused)
+        stuck, _ = follow(generation)
+        generation.begin(200, [])
+        stuck.paused = True
+        generation.add(event("1"), 1)
+        assert generation.paused
+        resumed.clear()
+        joined, _ = follow(generation)
+        assert (joined.data, resumed) == (event("1"), [False])
+
+    run(test)
+
+
 def test_it_is_gone_when_the_last_client_left_and_not_before() -> None:
     def test() -> None:
         generation = a_generation()

@@ -306,9 +306,7 @@ class Conduct:
         else:
             self._generation.add(data, events)
         if self._client.paused and not self._client_paused:
-            self._client_paused = True
-            self._stall_timer = self._loop.call_later(self._gateway.settings.client_stall_s, self._on_stall)
-            self._pause()
+            self._await_client()
 
     def _settle(self, action: Settle) -> None:
         for timer in (self._timer, self._stall_timer):
@@ -375,10 +373,20 @@ class Conduct:
         if self._call is not None and not self._credit_paused and not self._client_paused:
             self._call.resume()
 
+    def _await_client(self) -> None:
+        self._client_paused = True
+        self._stall_timer = self._loop.call_later(self._gateway.settings.client_stall_s, self._on_stall)
+        self._pause()
+
     def _on_client_resume(self) -> None:
-        self._client_paused = False
+        if not self._client_paused:
+            return
         if self._stall_timer is not None:
             self._stall_timer.cancel()
+        if self._client.paused:
+            self._await_client()  # full anew with what it lacked: it reads, if slowly, so its time begins anew
+            return
+        self._client_paused = False
         self._resume()
 
     def _on_stall(self) -> None:

@@ -308,6 +308,7 @@ class Generation:
         if stream.gone:
             follower.leave()
         follower.pump()
+        self.follower_resumed()
         return follower
 
     def follower_gone(self) -> None:
@@ -316,8 +317,8 @@ class Generation:
             self.on_gone()
 
     def follower_resumed(self) -> None:
-        """A client takes more again."""
-        if self.on_resume is not None and not self.ended and not self.paused:
+        """A client takes more again, or a new one is there. It may be full anew with what it lacked."""
+        if self.on_resume is not None and not self.ended:
             self.on_resume()
 
     def replayed(self, ending: bytes, answer: Respond | None = None) -> None:
