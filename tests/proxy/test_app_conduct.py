@@ -6,6 +6,8 @@ from types import SimpleNamespace
 from typing import Any, cast
 from uuid import UUID, uuid4
 
+import pytest
+
 from behest_ledger.charging import Outcome
 from behest_ledger.holds import Admission, Answer, Granted, Settlement
 from behest_ledger.prices.rates import ClassRates, Rates
@@ -20,7 +22,7 @@ from behest_proxy.exchange import Exchange
 from behest_proxy.terms import Terms
 
 CHUNK = b'data: {"choices":[{"index":0,"delta":{"content":"%b"}}]}\n\n'
-CLIENT_STALL_S = 60.0
+CLIENT_STALL_S = KEEP_ALIVE_S = 60.0
 RATES = Rates(price_key="test", base=ClassRates.of({"input": 1, "output": 1}))
 
 
@@ -63,7 +65,7 @@ class _Gateway:
     """A gateway with one request; the credit desk remembers whom to answer."""
 
     def __init__(self) -> None:
-        self.settings = SimpleNamespace(keep_alive_s=60.0, client_stall_s=CLIENT_STALL_S)
+        self.settings = SimpleNamespace(keep_alive_s=KEEP_ALIVE_S, client_stall_s=CLIENT_STALL_S)
         self.holder = SimpleNamespace(lives=True)
         self.call = _Call()
         self.upstream = SimpleNamespace(send=self._send)
@@ -201,5 +203,29 @@ def test_a_client_that_takes_what_it_lacks_slowly_is_not_stuck_and_one_that_stop
         assert client.over == "reset"
         (settlement,) = gateway.settlements
         assert settlement.outcome == "client_cancelled"
+
+    asyncio.run(main())
+
+
+def test_a_client_that_is_cut_by_what_it_lacked_leaves_no_timer_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        clock = _Clock()
+        generation = Generation(generation_id=uuid4(), tenant_id="acme", events=[CHUNK % b"."])
+        client, signs_of_life = _Client(), list[bytes]()
+
+        def cut(_data: bytes) -> None:
+            client.gone = True
+            assert client.on_gone is not None
+            client.on_gone()
+
+        monkeypatch.setattr(client, "write", cut)
+        monkeypatch.setattr(generation, "write", signs_of_life.append)
+        _follow(generation, client)
+        gateway, _ = await _streaming(generation)
+        (settlement,) = gateway.settlements
+        assert settlement.outcome == "client_cancelled"
+        for _ in range(2):
+            await clock.passes(KEEP_ALIVE_S)
+        assert signs_of_life == []
 
     asyncio.run(main())

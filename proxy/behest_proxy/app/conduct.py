@@ -296,6 +296,8 @@ class Conduct:
     def _begin(self) -> None:
         self._context.status = 200
         self._client.begin(200, [*STREAM_HEADERS, *self._context.headers()])
+        if self._exchange is not None and self._exchange.phase is Phase.ENDED:
+            return  # its client was gone with the first bytes
         self._last_write_s = self._loop.time()
         self._timer = self._loop.call_later(self._gateway.settings.keep_alive_s, self._keep_alive)
 
