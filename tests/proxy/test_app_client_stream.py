@@ -165,13 +165,46 @@ def test_a_client_that_lets_too_much_pile_up_is_given_up_once() -> None:
         stream = QueuedStream(server.send, server.receive)
         told: list[str] = []
         stream.on_gone = lambda: told.append("gone")
-        for _ in range(BUFFER_BYTES_MAX // 1000 + 10):
+        for _ in range(2 * BUFFER_BYTES_MAX // 1000):
             stream.write(b"x" * 1000)
         return told, stream.buffered_bytes
 
     told, buffered = asyncio.run(scenario())
     assert told == ["gone"]
-    assert buffered <= BUFFER_BYTES_MAX + 1000
+    assert buffered <= BUFFER_BYTES_HIGH + BUFFER_BYTES_MAX + 2000
+
+
+def test_one_large_write_is_no_reason_to_give_a_client_up_and_its_pause_lasts_until_the_end_of_it_is_told() -> None:
+    async def scenario() -> tuple[list[str], int]:
+        server, taken = _Server(), asyncio.Semaphore(0)
+
+        async def send(message: Any) -> None:
+            await taken.acquire()
+            server.sent.append(message)
+
+        stream = QueuedStream(send, server.receive)
+        told: list[str] = []
+        stream.on_gone = lambda: told.append("gone")
+        stream.on_resume = lambda: told.append("resume")
+        running = asyncio.create_task(stream.run())
+        stream.begin(200, [])
+        stream.write(b"x" * 2 * BUFFER_BYTES_MAX)
+        stream.write(b"y" * (BUFFER_BYTES_HIGH - 1000))
+        for _ in range(2):  # the head and the large one
+            taken.release()
+        while stream.buffered_bytes > BUFFER_BYTES_HIGH:
+            await asyncio.sleep(0)
+        stream.write(b"z")
+        assert (stream.paused, told) == (True, [])
+        for _ in range(3):
+            taken.release()
+        while stream.paused:
+            await asyncio.sleep(0)
+        stream.end()
+        await running
+        return told, sum(len(message.get("body", b"")) for message in server.sent)
+
+    assert asyncio.run(scenario()) == (["resume"], 2 * BUFFER_BYTES_MAX + BUFFER_BYTES_HIGH - 999)
 
 
 def test_a_disconnect_is_told_once_and_not_after_the_end() -> None:

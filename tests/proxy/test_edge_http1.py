@@ -239,6 +239,27 @@ def test_a_full_socket_pauses_and_a_reader_resumes(loop: str) -> None:
 
 
 @LOOPS
+def test_one_large_write_is_no_reason_to_cut_a_client_that_reads(loop: str) -> None:
+    size = 16 * 2**20  # more than the kernel takes at once
+
+    async def large(scope: Scope, receive: Receive, send: Send) -> None:
+        stream = stream_of(scope)
+        stream.begin(200, [])
+        stream.write(b"x" * size)
+        assert stream.paused
+        stream.write(b"y" * 1000)
+        stream.end()
+
+    async def main() -> None:
+        async with running(application(large)) as server, raw_tcp(server.port) as (reader, writer):
+            writer.write(GET % b"")
+            [(_, _, body)] = await read_answers(reader, [b"GET"])
+            assert body == b"x" * size + b"y" * 1000
+
+    run(main(), loop=loop)
+
+
+@LOOPS
 def test_a_producer_that_ignores_the_pause_is_cut(loop: str) -> None:
     state: dict[str, int] = {"written": 0, "gone": 0}
 

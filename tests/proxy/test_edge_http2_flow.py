@@ -55,6 +55,31 @@ def test_a_client_that_reads_64_kib_of_64_mib_makes_us_buffer_no_more_than_the_b
 
 
 @LOOPS
+def test_one_large_write_is_no_reason_to_cut_a_client_that_reads(loop: str) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        stream = stream_of(scope)
+        stream.begin(200, [])
+        stream.write(b"x" * 2**20)
+        stream.write(b"y" * 1000)
+        stream.end()
+
+    async def main() -> None:
+        async with running(application(app)) as server:
+            async with raw_h2(server.port) as client:
+                got = await client.get()
+                assert (got.ended, bytes(got.body)) == (True, b"x" * 2**20 + b"y" * 1000)
+            async with raw_h2(server.port, acknowledge=False, window=0) as client:  # shut before the first byte
+                stream_id = client.request()
+                await until(lambda: client.answers[stream_id].status == 200)
+                client.open_window(2**21)
+                client.open_window(2**21, stream_id)
+                await until(lambda: client.answers[stream_id].over)
+                assert client.answers[stream_id].ended
+
+    run(main(), loop=loop)
+
+
+@LOOPS
 def test_send_waits_for_a_client_that_does_not_read_and_costs_nothing_meanwhile(loop: str) -> None:
     sent = 0
 

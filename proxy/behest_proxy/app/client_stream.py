@@ -17,6 +17,7 @@ STREAM_HEADERS = [
 ]
 BUFFER_BYTES_HIGH = 64 * 1024
 BUFFER_BYTES_MAX = 256 * 1024
+"""Of what was written while the client was known not to keep up; the write that made the pause is kept whole."""
 
 
 class QueuedStream:
@@ -28,6 +29,7 @@ class QueuedStream:
         self.paused = False
         self.gone = False
         self.buffered_bytes = 0
+        self._late_bytes = 0  # written since the pause began
         self._send = send
         self._receive = receive
         self._messages: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
@@ -42,10 +44,14 @@ class QueuedStream:
         if self.gone:
             return
         self.buffered_bytes += len(data)
-        if self.buffered_bytes > BUFFER_BYTES_MAX:
-            self._leave()
-            return
-        self.paused = self.buffered_bytes > BUFFER_BYTES_HIGH
+        if self.paused:
+            self._late_bytes += len(data)
+            if min(self._late_bytes, self.buffered_bytes) > BUFFER_BYTES_MAX:
+                self._leave()
+                return
+        elif self.buffered_bytes > BUFFER_BYTES_HIGH:
+            self.paused = True
+            self._late_bytes = 0
         self._messages.put_nowait({"type": "http.response.body", "body": data, "more_body": True})
 
     def end(self) -> None:

@@ -56,8 +56,8 @@ class DirectStream(Protocol):
     def paused(self) -> bool:
         """True while the client's flow-control window or the socket's write buffer is full: stop producing.
 
-        Bytes that are written nevertheless are kept (a producer learns of the pause only after its write),
-        up to `EdgeLimits.stream_buffer_bytes`; beyond it the stream is cut.
+        The write that meets the pause is kept whole (a producer learns of it only afterwards). Bytes that are written
+        nevertheless are kept up to `EdgeLimits.stream_buffer_bytes`; beyond it the stream is cut.
         """
         ...
 

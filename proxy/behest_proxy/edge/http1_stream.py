@@ -64,10 +64,7 @@ class Http1Stream(ServedRequest):
         else:
             self._write_unchunked(data)
         if self.paused:
-            limits = self._host.limits
-            most = limits.write_buffer_high_bytes + limits.stream_buffer_bytes
-            if connection.transport.get_write_buffer_size() > most:
-                self.cut()
+            self._kept(len(data))
 
     def _write_unchunked(self, data: bytes) -> None:
         if self._framing is Framing.COUNTED:

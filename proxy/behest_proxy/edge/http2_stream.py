@@ -150,8 +150,8 @@ class Http2Stream(ServedRequest):
                 pass
             if self._pending or self._windows_are_shut():
                 self.pause()
-        if len(self._pending) > self._host.limits.stream_buffer_bytes:
-            self.cut()
+        if self._pending:
+            self._kept(len(data))
 
     def _send_end(self) -> None:
         if not self._pending:

@@ -14,7 +14,8 @@ class EdgeLimits:
     that the others need."""
 
     stream_buffer_bytes: int = 256 * KIB
-    """Answer bytes kept for one stream whose client does not read. Beyond it the stream is cut."""
+    """Answer bytes kept for one stream whose client does not read, behind the first write that it did not take: that is
+    kept whole, because it may be a whole answer, and its client may be reading. Beyond it the stream is cut."""
 
     write_buffer_high_bytes: int = 64 * KIB
     """The transport's write buffer at which all streams of the connection pause; they resume at a quarter."""

@@ -43,6 +43,7 @@ class ServedRequest(ABC):
         "_body_timer",
         "_drained",
         "_host",
+        "_late_bytes",
         "_method",
         "_readable",
         "_scope",
@@ -72,6 +73,7 @@ class ServedRequest(ABC):
         self.ended = False
         self.closed = False  # nothing more of this answer will be handed to the transport
         self.suppressed = False  # HEAD, 204, 304: body bytes are dropped
+        self._late_bytes: int | None = None  # written since the pause began but for its first write; None: no write
         self._body = bytearray()
         self._body_complete = False
         self._body_delivered = False
@@ -110,6 +112,19 @@ class ServedRequest(ABC):
 
     def _body_taken(self) -> None:  # noqa: B027 - an optional hook
         """The application took all body bytes that were here."""
+
+    def _kept(self, size: int) -> None:
+        """So many bytes were written that wait for the client. Too many that came knowingly are the end of it.
+
+        The first write of a pause is none of these, however large: who wrote it could not know, and the client may
+        well be reading.
+        """
+        if self._late_bytes is None:
+            self._late_bytes = 0
+            return
+        self._late_bytes += size
+        if min(self._late_bytes, self.buffered_bytes) > self._host.limits.stream_buffer_bytes:
+            self.cut()
 
     # --- the direct stream
 
@@ -190,6 +205,7 @@ class ServedRequest(ABC):
     def resumed(self) -> None:
         """Nothing blocks any more."""
         self.paused = False
+        self._late_bytes = None
         if self._drained is not None and not self._drained.done():
             self._drained.set_result(None)
         if self.open:
