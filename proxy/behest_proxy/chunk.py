@@ -244,7 +244,7 @@ def with_finish_reason_null(payload: bytes) -> bytes:
         texts = [msgspec.Raw(json.dumps(each).encode()) for each in given]
     choices: list[Any] = [_raw_members(bytes(text)) if bytes(text)[:1] == b"{" else text for text in texts]
     for choice in choices:
-        if isinstance(choice, dict) and bytes(choice.get("finish_reason", b"")) in _LENGTH_REASONS:
+        if isinstance(choice, dict) and bytes(choice.get("finish_reason", b"")) in _RAW_LENGTH_REASONS:
             choice["finish_reason"] = msgspec.Raw(b"null")
     members["choices"] = msgspec.Raw(msgspec.json.encode(choices))
     return msgspec.json.encode(members)
@@ -272,12 +272,13 @@ def finish_chunk(like: bytes, reasons: Mapping[int, str]) -> bytes:
 _FRAME = ("id", "object", "created", "model", "service_tier", "system_fingerprint")
 """What all chunks of one stream have in common."""
 
-_LENGTH_REASONS = (b'"length"', b'"max_tokens"')
+_LENGTH_REASONS = ("length", "max_tokens")
+_RAW_LENGTH_REASONS = tuple(f'"{reason}"'.encode() for reason in _LENGTH_REASONS)
 
 
 def ended_by_length(finish_reason: str | None) -> bool:
     """True where the reason says that the limit of output tokens was reached."""
-    return finish_reason in ("length", "max_tokens")
+    return finish_reason in _LENGTH_REASONS
 
 
 def _choice_texts(choice: Choice) -> ChoiceTexts:

@@ -69,7 +69,7 @@ def test_a_thousand_tokens_of_gpt_4o_mini_cost_what_a_person_computes() -> None:
 def test_anthropics_cache_writes_cost_more_and_longer_ones_more_still() -> None:
     assert resolved("anthropic", "claude-sonnet-4-5").base.cache_write == 3_750_000
     assert resolved("anthropic", "claude-sonnet-4-5", cache_ttl="1h").base.cache_write == 6_000_000
-    assert resolved("anthropic", "claude-sonnet-4-5").dearest_input_rate_pico >= 3_750_000
+    assert resolved("anthropic", "claude-sonnet-4-5").dearest_within(1)[0] >= 3_750_000
 
 
 def test_a_service_tier_is_another_price_and_not_the_base() -> None:
@@ -85,7 +85,6 @@ def test_a_long_input_costs_more_from_the_first_token_on() -> None:
     assert rates.at(200_000).input == 1_250_000
     assert rates.at(200_001).input == 2_500_000
     assert rates.at(200_001).output == 15_000_000
-    assert rates.dearest_input_rate_pico == 2_500_000
     assert rates.dearest_within(200_000) == (1_250_000, 10_000_000)
     assert rates.dearest_within(200_001) == (2_500_000, 15_000_000)
 

@@ -129,16 +129,6 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
             + requests * self.request_pico
         )
 
-    @property
-    def dearest_input_rate_pico(self) -> int:
-        """The highest rate that an input token can have in any class and context tier: what a hold must cover."""
-        return max(rates.dearest_input_pico for rates in self._all())
-
-    @property
-    def dearest_output_rate_pico(self) -> int:
-        """The highest rate that an output token can have in any class and context tier."""
-        return max(rates.dearest_output_pico for rates in self._all())
-
     def dearest_within(self, input_tokens_max: int) -> tuple[int, int]:
         """The highest (input, output) rates of a request that has at most so many input tokens."""
         reachable = [self.base] + [tier.rates for tier in self.tiers if input_tokens_max > tier.start_input_tokens]
@@ -146,9 +136,6 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
             max(rates.dearest_input_pico for rates in reachable),
             max(rates.dearest_output_pico for rates in reachable),
         )
-
-    def _all(self) -> list[ClassRates]:
-        return [self.base, *(tier.rates for tier in self.tiers)]
 
 
 def _line(token_class: str, quantity: int, rate_pico: int) -> ChargeLine:
