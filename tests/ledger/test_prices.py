@@ -287,8 +287,9 @@ def test_the_dearest_rates_cover_any_usage(rates: Rates, counts: TokenCounts) ->
     dearest_input, dearest_output = rates.dearest_within(counts.input_tokens)
     bound = counts.input_tokens * dearest_input + counts.output_tokens * dearest_output + rates.request_pico
     assert rates.amount_pico(counts) <= bound
-    assert dearest_input <= rates.dearest_input_rate_pico
-    assert dearest_output <= rates.dearest_output_rate_pico
+    more_input, more_output = rates.dearest_within(counts.input_tokens + 1_000_000)
+    assert dearest_input <= more_input
+    assert dearest_output <= more_output
 
 
 def test_in_the_snapshot_a_longer_context_is_never_cheaper() -> None:
