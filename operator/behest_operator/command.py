@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Coroutine
 from typing import Any
 
 import kopf
@@ -20,6 +19,7 @@ from behest_ledger.telemetry import logs
 from behest_ledger.telemetry.meter import Meter
 from behest_ledger.telemetry.process import told
 from behest_ledger.telemetry.settings import TelemetrySettingsError, telemetry_settings
+from behest_operator.background import Background
 from behest_operator.crds import GROUP, KINDS, VERSION
 from behest_operator.gateway_login import GatewayLogin
 from behest_operator.handlers import Handlers, configure
@@ -50,7 +50,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run until SIGTERM or SIGINT. Exit status 2: a mistake in the environment."""
+    """Run until SIGTERM or SIGINT. Exit status 2: a mistake in the environment; 1: a task of the operator's ended."""
     del arguments
     try:
         settings = OperatorSettings.read(os.environ)
@@ -62,7 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
         return 2
     logs.configure(settings.log_level)
     registry = kopf.OperatorRegistry()
-    _Process(settings, master_key, credentials, registry).register()
+    background = Background()
+    _Process(settings, master_key, credentials, registry, background).register()
     # kopf cancels every task of its loop at its end: this process has nothing else to do.
     kopf.run(
         registry=registry,
@@ -70,8 +71,9 @@ def run(arguments: argparse.Namespace) -> int:
         clusterwide=not settings.namespaces,
         namespaces=list(settings.namespaces),
         liveness_endpoint=f"http://{settings.liveness_bind}/healthz",
+        stop_flag=background.stopped,
     )
-    return 0
+    return 1 if background.stopped.is_set() else 0
 
 
 class _Process:
@@ -83,12 +85,13 @@ class _Process:
         master_key: bytes,
         credentials: Credentials,
         registry: kopf.OperatorRegistry,
+        background: Background,
     ) -> None:
         self._settings = settings
         self._master_key = master_key
         self._kubernetes = Kubernetes(credentials)
         self._registry = registry
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._background = background
         self._pool: Any = None
         self._meter = Meter()
         self._keeper_watch = KeeperWatch(self._meter)
@@ -128,17 +131,14 @@ class _Process:
         gateway = self._settings.gateway()
         handlers = Handlers(Reconciler(self._pool, secrets), self._kubernetes, board, OperatorWatch(self._meter))
         handlers.register(self._registry)
-        self._begin("keeper", self._keep(self._settings))
-        self._begin("status of budgets", board.run())
-        self._begin("the ledger's login", self._reread(secrets, gateway))
+        self._background.begin("keeper", self._keep(self._settings))
+        self._background.begin("status of budgets", board.run())
+        self._background.begin("the ledger's login", self._reread(secrets, gateway))
         if gateway is not None:
-            self._begin("the gateway's login", gateway.run(self._kubernetes, self._pool, secrets.busy))
+            self._background.begin("the gateway's login", gateway.run(self._kubernetes, self._pool, secrets.busy))
         webhook = self._settings.webhook
         if webhook is not None:
-            self._begin("the webhook's certificate", webhook.run(self._kubernetes))
-
-    def _begin(self, name: str, work: Coroutine[Any, Any, None]) -> None:
-        self._tasks[name] = asyncio.create_task(work, name=name)
+            self._background.begin("the webhook's certificate", webhook.run(self._kubernetes))
 
     async def _keep(self, settings: OperatorSettings) -> None:
         keeper = Keeper(
@@ -171,15 +171,11 @@ class _Process:
             secrets.sidecar_dsn = settings.sidecar_url
             if gateway is not None:
                 gateway.dsn = settings.database_url
-            keeper = self._tasks["keeper"]
-            keeper.cancel()
-            await asyncio.wait([keeper])
-            self._begin("keeper", self._keep(settings))
+            await self._background.end("keeper")
+            self._background.begin("keeper", self._keep(settings))
 
     async def _stop(self, **_: Any) -> None:
-        for task in self._tasks.values():
-            task.cancel()
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        await self._background.end_all()
         await self._told.aclose()
         await self._kubernetes.__aexit__()
         if self._pool is not None:

@@ -229,7 +229,11 @@ def _told_until(seen: Mapping[str, Any]) -> datetime:
 
 
 def _time(text: str | None) -> datetime:
-    return datetime.fromisoformat(text) if text else _LONG_AGO
+    """A time of the API server's; long ago where there is none, or somebody wrote one that cannot be read."""
+    try:
+        return datetime.fromisoformat(text or "").astimezone(UTC)
+    except (ValueError, OverflowError):
+        return _LONG_AGO
 
 
 _LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)

@@ -275,6 +275,28 @@ def test_a_namespace_that_takes_no_events_does_not_keep_others_from_their_status
     keep_books(database, work)
 
 
+@pytest.mark.parametrize(
+    "written",
+    ["2026-11-23T10:00:00z", "2026-11-23T23:59:60Z", "2026-11-23", "0001-01-01T00:00:00+01:00", "soon", ""],
+)
+def test_a_time_that_cannot_be_read_counts_as_none_and_is_written_anew(database: str, written: str) -> None:
+    async def work(books: Books) -> None:
+        wall = Wall(books)
+        for name in ("a", "b"):
+            await books.budget(name, 1000, thresholds=[50])
+            wall.show(name)
+        wall.status("a")["alertedAt"] = written
+        wall.board.see(wall.kubernetes.objects[f"{BUDGETS}/a"])
+        await wall.spend(50)
+        await wall.board.round()
+        assert wall.status("b")["phase"] == "Warning"
+        assert wall.told() == ["BudgetWarning 50", "BudgetWarning 50"]
+        assert wall.status("a")["alertedAt"][:10] == wall.status("b")["alertedAt"][:10]
+        assert wall.status("a")["alertedAt"] != written
+
+    keep_books(database, work)
+
+
 def test_a_budget_that_is_gone_is_left_alone(database: str) -> None:
     async def work(books: Books) -> None:
         wall = Wall(books)
