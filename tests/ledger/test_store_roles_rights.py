@@ -172,7 +172,7 @@ def test_an_owner_who_is_no_superuser_can_do_all_of_it(postgres: Server) -> None
             await superuser.execute(f"CREATE DATABASE {name} OWNER {name}")
             try:
                 await migrate(owned)
-                assert await migrate(owned) == []
+                assert (await migrate(owned)).applied == []
                 async with two_houses(owned) as houses:
                     assert await houses.acme.fetchval("SELECT count(DISTINCT tenant_id) FROM ledger.request") == 1
                     with pytest.raises(asyncpg.InsufficientPrivilegeError):

@@ -182,15 +182,35 @@ def test_keep_waits_for_a_database_that_is_away(tmp_path: Path) -> None:
     assert "Traceback" not in log.read_text()
 
 
-def test_keep_says_at_once_that_the_schema_is_another_one(database: str, capsys: pytest.CaptureFixture[str]) -> None:
-    async def spoil() -> None:
-        connection = await connect(database)
-        await connection.execute("DELETE FROM ledger.schema_migration")
-        await connection.close()
+async def spoil(database: str, statement: str) -> None:
+    connection = await connect(database)
+    await connection.execute(statement)
+    await connection.close()
 
-    asyncio.run(spoil())
+
+def test_keep_says_at_once_what_the_schema_lacks_and_what_to_do(
+    database: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asyncio.run(spoil(database, "DELETE FROM ledger.schema_migration WHERE name LIKE '0002%'"))
     assert ledger("keep", "--database-url", database) == 2
-    assert "behest ledger migrate" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "the schema lacks 0002_books.sql" in told
+    assert "behest ledger migrate" in told
+    asyncio.run(spoil(database, "UPDATE ledger.schema_migration SET sha256 = 'other'"))
+    assert ledger("keep", "--database-url", database) == 2
+    told = capsys.readouterr().err
+    assert "was changed after it was applied" in told
+    assert "behest ledger migrate" not in told
+
+
+def test_an_earlier_release_leaves_a_later_schema_alone_and_says_so(
+    database: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asyncio.run(spoil(database, "INSERT INTO ledger.schema_migration (name, sha256) VALUES ('9999_later.sql', 'x')"))
+    assert ledger("migrate", "--database-url", database) == 0
+    first, *_ = capsys.readouterr().out.splitlines()
+    assert first == "the schema is a later release's, no migration is applied (it has 9999_later.sql)"
+    assert ledger("top", "--database-url", database) == 0
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,11 @@ class LedgerForbiddenError(LedgerRefusedError):
 class SchemaError(LedgerError):
     """The schema is missing or is not one that this version can use."""
 
+    def __init__(self, fault: str, cure: str = "run `behest ledger migrate`") -> None:
+        super().__init__(f"{fault}: {cure}")
+        self.fault = fault
+        self.cure = cure
+
 
 _UNAVAILABLE = (OSError, TimeoutError, asyncio.TimeoutError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 
@@ -75,5 +80,5 @@ def _of_state(error: asyncpg.PostgresError) -> LedgerError:
     if isinstance(error, asyncpg.InsufficientPrivilegeError):
         return LedgerForbiddenError(f"{said}: see `behest ledger role`")
     if state.startswith(_SCHEMA):
-        return SchemaError(f"{said}: run `behest ledger migrate`")
+        return SchemaError(said)
     return LedgerRefusedError(f"{type(error).__name__}: {said}")

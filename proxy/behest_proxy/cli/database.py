@@ -83,6 +83,6 @@ def ledger_errors_shown() -> Generator[None]:
         cure = "start it with `behest up`, or check DATABASE_URL"
         raise UserError(f"the ledger's database does not answer ({error})", cure) from error
     except SchemaError as error:
-        raise UserError("the database has no ledger of this version", "run `behest ledger migrate`") from error
+        raise UserError(f"this release cannot use the database's ledger ({error.fault})", error.cure) from error
     except LedgerError as error:
         raise UserError(f"the ledger's database refused ({error})", "nothing was changed") from error

@@ -229,9 +229,13 @@ async def _migrate(dsn: str, arguments: argparse.Namespace) -> int:
 
     if arguments.wait is not None:
         await _await_database(dsn, arguments.wait)
-    for name in await migrate(dsn):
+    migrated = await migrate(dsn)
+    for name in migrated.applied:
         print(f"applied {name}")
-    print("the schema is up to date")
+    if migrated.later:
+        print(f"the schema is a later release's, no migration is applied (it has {', '.join(migrated.later)})")
+    else:
+        print("the schema is up to date")
     if version := await _first_prices(dsn):
         print(f"stored the price book {version}")
     return 0
