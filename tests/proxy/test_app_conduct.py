@@ -19,7 +19,11 @@ from behest_proxy.app.generation import Generation
 from behest_proxy.app.memory import Memory
 from behest_proxy.errors import LedgerUnavailable
 from behest_proxy.exchange import Exchange
+from behest_proxy.sse import DONE
 from behest_proxy.terms import Terms
+from behest_proxy.upstream import UpstreamHandler, UpstreamRequest
+from behest_proxy.upstream.live_call import LiveCall
+from behest_proxy.upstream.prepared import prepare
 
 CHUNK = b'data: {"choices":[{"index":0,"delta":{"content":"%b"}}]}\n\n'
 CLIENT_STALL_S = KEEP_ALIVE_S = 60.0
@@ -71,6 +75,7 @@ class _Gateway:
         self.upstream = SimpleNamespace(send=self._send)
         self.writer = SimpleNamespace(submit=self._submit)
         self.desk = SimpleNamespace(open=self._open, ask=self._ask, ended=_nothing)
+        self.handler: UpstreamHandler | None = None
         self.settlements: list[Settlement] = []
         self.asked: list[AnswerCall] = []
         self.conduct: Conduct | None = None
@@ -84,7 +89,8 @@ class _Gateway:
 
     def ended(self, conduct: Conduct) -> None: ...
 
-    def _send(self, _request: Any, _handler: Any) -> _Call:
+    def _send(self, _request: Any, handler: UpstreamHandler) -> _Call:
+        self.handler = handler
         return self.call
 
     def _submit(self, settlement: Settlement) -> None:
@@ -227,5 +233,70 @@ def test_a_client_that_is_cut_by_what_it_lacked_leaves_no_timer_behind(monkeypat
         for _ in range(2):
             await clock.passes(KEEP_ALIVE_S)
         assert signs_of_life == []
+
+    asyncio.run(main())
+
+
+class _Bug(Exception):
+    """What nobody expects."""
+
+
+def _fails(*_: Any) -> Any:
+    raise _Bug
+
+
+def _upstream(gateway: _Gateway) -> LiveCall:
+    """The upstream client's side of the call, as a connection has it."""
+    assert gateway.handler is not None
+    request = prepare(UpstreamRequest(method="POST", url="http://provider.test/", headers=[]))
+    return LiveCall(request, gateway.handler, loop=asyncio.get_running_loop(), requeue=lambda _: None)
+
+
+@pytest.mark.parametrize("where", ["passes", "parsed", "upstream_end", "upstream_failed", "credit"])
+def test_a_bug_on_the_way_of_a_chunk_ends_the_request_properly(
+    where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        client = _Client()
+        gateway, _ = await _streaming(client)
+        upstream = _upstream(gateway)
+        upstream.data(CHUNK % (b"~" * 10))
+        if where == "credit":
+            upstream.data(CHUNK % (b"secret" * 2))
+        monkeypatch.setattr(Exchange, where, _fails)
+        match where:
+            case "passes":
+                upstream.data(CHUNK % b"secret")
+            case "parsed":
+                upstream.data(b"data: secret")
+            case "upstream_end":
+                upstream.end()
+            case "upstream_failed":
+                upstream.fail("reset", "the peer reset the stream")
+            case _:
+                gateway.asked[-1](Granted(output_tokens=512))
+        (settlement,) = gateway.settlements
+        assert (settlement.outcome, settlement.output_tokens) == ("upstream_error", 10)
+        assert b'"code":"server_error"' in client.written
+        assert (client.written.endswith(DONE), client.over) == (True, "end")
+        assert not upstream.live or where == "credit"
+
+    asyncio.run(main())
+    assert "_Bug" in caplog.text
+    assert "secret" not in caplog.text
+
+
+def test_an_end_that_cannot_be_told_to_the_client_is_settled_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        client = _Client()
+        gateway, _ = await _streaming(client)
+        upstream = _upstream(gateway)
+        upstream.data(CHUNK % b"~")
+        upstream.data(b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n')
+        monkeypatch.setattr(client, "write", _fails)
+        upstream.data(DONE)
+        upstream.end()
+        (settlement,) = gateway.settlements
+        assert (settlement.outcome, client.over) == ("completed", "reset")
 
     asyncio.run(main())

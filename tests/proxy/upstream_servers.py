@@ -49,6 +49,7 @@ class Recorder:
         self.failure: UpstreamFailure | None = None
         self.sent = 0
         self.ended = 0
+        self.broken = 0
         self.over = asyncio.Event()
         self.begun = asyncio.Event()
         self.on_piece: Callable[[bytes], None] = lambda data: None
@@ -90,6 +91,9 @@ class Recorder:
         assert not self.over.is_set()
         self.failure = failure
         self.over.set()
+
+    def on_broken(self) -> None:
+        self.broken += 1
 
 
 def a_request(

@@ -59,6 +59,7 @@ UPSTREAM_TAIL_S = 1.0
 """How long a provider may take to end its body after `[DONE]`, so that its connection can be used again."""
 
 _NOTHING = (-1, 0, 0)
+_OUR_FAULT = "something went wrong here; the request id tells us what"
 
 
 class Conduct:
@@ -171,7 +172,7 @@ class Conduct:
             self.answered.set_exception(error)
         if self._generation is not None:
             self._generation.finished(None, is_charged=False)
-            self._generation.answer(Fail(ServerError("something went wrong here; the request id tells us what")))
+            self._generation.answer(Fail(ServerError(_OUR_FAULT)))
 
     def checkpoint(self) -> Checkpoint | None:
         """How far the request has come; None where that is no farther than the last time."""
@@ -243,48 +244,66 @@ class Conduct:
         )
         self._perform(self._exchange.upstream_failed(failure.kind, self._loop.time()))
 
+    def on_broken(self) -> None:
+        """See `UpstreamHandler`. A bug of ours must keep neither the money held nor the client waiting."""
+        logger.error(
+            "request %s is ended: a bug of ours", self._context.request_id, extra={FIELDS: self._context.log_fields}
+        )
+        self.stop(Outcome.UPSTREAM_ERROR, ServerError(_OUR_FAULT))
+
     # --- carrying out ------------------------------------------------------------------------------------------
 
     def _perform(self, actions: Sequence[Action]) -> None:
         if self._exchange is not None:
             self._trace.store(*self._exchange.forwarded)
-        for action in actions:
-            match action:
-                case Write(data, events):
-                    self._write(data, events, self._loop.time())
-                case Keep(data, events):
-                    if self._generation is not None:
-                        self._generation.add(data, events)
-                case AskCredit(need_tokens, want_tokens, is_short):
-                    assert self._account is not None
-                    self._gateway.desk.ask(
-                        self._account,
-                        need_tokens=need_tokens,
-                        want_tokens=want_tokens,
-                        may_wait=is_short,
-                        answer=self._on_credit,
-                    )
-                case CallUpstream():
-                    self._call_upstream()
-                case Begin():
-                    self._begin()
-                case Finish():
-                    self._client.end()
-                    self._answer(None)
-                case Pause():
-                    self._credit_paused = True
-                    self._pause()
-                case Resume():
-                    self._credit_paused = False
-                    self._resume()
-                case CancelUpstream():
-                    self._cancel_upstream()
-                case Linger():
-                    self._loop.call_later(LINGER_S, self._on_lingered)
-                case Respond() | Fail():
-                    self._answer(action)
-                case Settle():
-                    self._settle(action)
+        rest = iter(actions)
+        try:
+            for action in rest:
+                self._carry_out(action)
+        except Exception:
+            # Whatever cannot be done at a request's end, the settlement is.
+            if settle := [action for action in rest if isinstance(action, Settle)]:
+                self._perform(settle)
+                self._client.reset()
+            raise
+
+    def _carry_out(self, action: Action) -> None:
+        match action:
+            case Write(data, events):
+                self._write(data, events, self._loop.time())
+            case Keep(data, events):
+                if self._generation is not None:
+                    self._generation.add(data, events)
+            case AskCredit(need_tokens, want_tokens, is_short):
+                assert self._account is not None
+                self._gateway.desk.ask(
+                    self._account,
+                    need_tokens=need_tokens,
+                    want_tokens=want_tokens,
+                    may_wait=is_short,
+                    answer=self._on_credit,
+                )
+            case CallUpstream():
+                self._call_upstream()
+            case Begin():
+                self._begin()
+            case Finish():
+                self._client.end()
+                self._answer(None)
+            case Pause():
+                self._credit_paused = True
+                self._pause()
+            case Resume():
+                self._credit_paused = False
+                self._resume()
+            case CancelUpstream():
+                self._cancel_upstream()
+            case Linger():
+                self._loop.call_later(LINGER_S, self._on_lingered)
+            case Respond() | Fail():
+                self._answer(action)
+            case Settle():
+                self._settle(action)
 
     def _call_upstream(self) -> None:
         assert self._grant is not None
@@ -417,6 +436,13 @@ class Conduct:
         self._cancel_upstream()
 
     def _on_credit(self, answer: Answer | LedgerError) -> None:
+        try:
+            self._take_credit(answer)
+        except Exception:
+            logger.exception("the ledger's answer could not be taken")
+            self.on_broken()
+
+    def _take_credit(self, answer: Answer | LedgerError) -> None:
         assert self._exchange is not None
         if not self._gateway.holder.lives:
             # Asked for while it lived, answered to a process that was stopped meanwhile: what was granted is gone.

@@ -71,6 +71,10 @@ class _Document:
         """Nothing more will come."""
         self._fail(OSError(failure.message))
 
+    def on_broken(self) -> None:
+        """Our own fault."""
+        self._fail(OSError("the answer could not be taken"))
+
     def _fail(self, error: Exception) -> None:
         self._data.clear()
         if not self._done.done():

@@ -75,7 +75,7 @@ class UpstreamHandler(Protocol):
     Never from inside `send`, `cancel` or `pause`; from inside `resume` what was held back is delivered. After
     `cancel()` nothing is called; else exactly one of `on_end` and `on_failure`, last. While the call is paused
     nothing is called but `on_request_sent`, `on_head` and a failure with no bytes held back before it.
-    An exception out of any of them cancels the call and is logged.
+    An exception out of any of them cancels the call, is logged, and is followed by `on_broken`.
     """
 
     def on_request_sent(self) -> None:
@@ -96,6 +96,10 @@ class UpstreamHandler(Protocol):
 
     def on_failure(self, failure: UpstreamFailure) -> None:
         """The call ended otherwise."""
+        ...
+
+    def on_broken(self) -> None:
+        """One of the others raised, also one of the last two: the call is over, and nothing more comes."""
         ...
 
 

@@ -149,33 +149,34 @@ class LiveCall:
             return
         self.request_sent = True
         self._active_at = self._time()
-        if self._handler is not None:
+        if (handler := self._handler) is not None:
             try:
-                self._handler.on_request_sent()
+                handler.on_request_sent()
             except Exception:  # noqa: BLE001 - whatever it raises, the connection lives on
-                self._handler_broke()
+                self._handler_broke(handler)
 
     def head(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         """The answer's head."""
-        if not self.live or self._handler is None:
+        handler = self._handler
+        if not self.live or handler is None:
             return
         self.head_received = True
         self._enter(Phase.BODY, self.request.idle_timeout_s)
         try:
-            self._handler.on_head(status, headers)
+            handler.on_head(status, headers)
         except Exception:  # noqa: BLE001 - whatever it raises, the connection lives on
-            self._handler_broke()
+            self._handler_broke(handler)
 
     def data(self, data: bytes) -> None:
         """Body bytes, not empty."""
         self._active_at = self._time()
         if self.is_paused:
             self._held.append(data)
-        elif self._handler is not None:
+        elif (handler := self._handler) is not None:
             try:
-                self._handler.on_data(data)
+                handler.on_data(data)
             except Exception:  # noqa: BLE001 - whatever it raises, the connection lives on
-                self._handler_broke()
+                self._handler_broke(handler)
 
     def end(self) -> None:
         """The body's clean end. The carrier has let go of the call already."""
@@ -235,11 +236,15 @@ class LiveCall:
             else:
                 handler.on_failure(failure)
         except Exception:  # noqa: BLE001 - whatever it raises, the connection lives on
-            _LOG.exception("an upstream handler failed at the end of its call to %s", self.request.origin)
+            self._handler_broke(handler)
 
-    def _handler_broke(self) -> None:
+    def _handler_broke(self, handler: UpstreamHandler) -> None:
         _LOG.exception("an upstream handler failed; its call to %s is cancelled", self.request.origin)
         self.cancel()
+        try:
+            handler.on_broken()
+        except Exception:  # noqa: BLE001 - as above
+            _LOG.exception("an upstream handler failed when it was told that it had")
 
     def _close(self) -> None:
         self.live = False
