@@ -6,6 +6,7 @@ import pytest
 
 from behest_ledger.telemetry.names import ATTRIBUTES, ATTRIBUTION, COST, DURATION, INSTRUMENTS, JOURNAL_LAG
 from behest_ledger.telemetry.settings import TelemetrySettings, TelemetrySettingsError, telemetry_settings
+from behest_proxy.app.telemetry import Telemetry
 from telemetry.tables import PAGE, with_tables
 
 ENDPOINT = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"}
@@ -67,3 +68,17 @@ def test_each_signal_may_go_elsewhere_by_a_protocol_of_its_own() -> None:
 def test_what_cannot_be_followed_is_named(name: str, value: str) -> None:
     with pytest.raises(TelemetrySettingsError, match=name):
         telemetry_settings({**ENDPOINT, name: value})
+
+
+def test_a_span_is_told_the_route_of_its_path_and_never_the_path() -> None:
+    telemetry = Telemetry(TelemetrySettings(), name="test")
+    telemetry.know_routes(["/v1/models", "/v1/threads/{rest:path}", "/v1/of/{one}"])
+    routes = {
+        "/v1/models": "/v1/models",
+        "/v1/threads/t1": "/v1/threads/{rest:path}",
+        "/v1/threads/t1/messages": "/v1/threads/{rest:path}",
+        "/v1/of/x": "/v1/of/{one}",
+        "/v1/of/x/y": "",
+        "/v1/modelsx": "",
+    }
+    assert {path: telemetry.route_of(path) for path in routes} == routes

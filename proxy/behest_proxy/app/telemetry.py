@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from uuid import UUID
 
+from starlette.routing import compile_path
+
 from behest_ledger.charging import Outcome
 from behest_ledger.holds import Admission
 from behest_ledger.store.holds import Settled
@@ -110,13 +112,13 @@ class Telemetry:
     def know_routes(self, paths: Iterable[str]) -> None:
         """The routes that there are, such as `/v1/threads/{thread_id}`: of another path nobody is told its text."""
         self._paths = frozenset(paths)
-        self._templates = [(re.compile(re.sub(r"{[^}]*}", "[^/]+", path)), path) for path in self._paths if "{" in path]
+        self._templates = [(compile_path(path)[0], path) for path in self._paths if "{" in path]
 
     def route_of(self, path: str) -> str:
         """The route of a path; empty: there is none."""
         if path in self._paths:
             return path
-        return next((template for pattern, template in self._templates if pattern.fullmatch(path)), "")
+        return next((template for pattern, template in self._templates if pattern.match(path)), "")
 
     # --- requests ----------------------------------------------------------------------------------------------
 
