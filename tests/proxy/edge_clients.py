@@ -16,9 +16,10 @@ import pytest
 import uvloop
 from hyperframe.frame import Frame, GoAwayFrame
 
-from behest_proxy.edge.direct import DirectStream, direct_stream
+from behest_proxy.edge.direct import direct_stream
 from behest_proxy.edge.host import AsgiApplication, Receive, Scope, Send
 from behest_proxy.edge.limits import EdgeLimits
+from behest_proxy.edge.served import ServedRequest
 from behest_proxy.edge.server import BoundAddress, TlsFiles, serve
 
 GENEROUS_S = 20.0
@@ -305,9 +306,9 @@ async def answer(send: Send, body: bytes, *, status: int = 200) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-def stream_of(scope: Scope) -> DirectStream:
+def stream_of(scope: Scope) -> ServedRequest:
     stream = direct_stream(scope)
-    assert stream is not None
+    assert isinstance(stream, ServedRequest)
     return stream
 
 

@@ -26,7 +26,6 @@ class Client:
         self.on_resume: Callable[[], None] | None = None
         self.paused = False
         self.gone = False
-        self.buffered_bytes = 0
         self.began = False
         self.data = b""
         self.over = ""

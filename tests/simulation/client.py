@@ -17,7 +17,6 @@ class Client:
         self.on_resume: Callable[[], None] | None = None
         self.paused = False
         self.gone = False
-        self.buffered_bytes = 0
         self._process = process
         self._asked = asked
         self._may_spend = may_spend

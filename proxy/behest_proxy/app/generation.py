@@ -271,11 +271,6 @@ class Generation:
         """Nobody is there."""
         return all(follower.is_over for follower in self._followers)
 
-    @property
-    def buffered_bytes(self) -> int:
-        """What waits in the streams of those who are there."""
-        return max((follower.stream.buffered_bytes for follower in self._followers), default=0)
-
     def begin(self, status: int, headers: Sequence[Header]) -> None:  # noqa: ARG002 - each client has its own headers
         """The provider answers."""
         self.begun = True

@@ -66,15 +66,6 @@ class DirectStream(Protocol):
         """True once the client can no longer be reached. Writes are then dropped without an error."""
         ...
 
-    @property
-    def buffered_bytes(self) -> int:
-        """Bytes that were written and not yet handed to the kernel's side.
-
-        HTTP/2: what waits in this stream for window or socket. HTTP/1.1: the transport's write buffer, which
-        belongs to this answer alone.
-        """
-        ...
-
     def begin(self, status: int, headers: Sequence[Header]) -> None:
         """Send the head of the answer. `date` and `server` are added; connection-level headers are dropped.
 

@@ -89,7 +89,7 @@ class ServedRequest(ABC):
     @property
     @abstractmethod
     def buffered_bytes(self) -> int:
-        """Answer bytes that wait for the client."""
+        """Bytes that were written and not yet handed to the kernel's side."""
 
     @abstractmethod
     def _send_head(self, status: int, headers: Sequence[Header]) -> None:
