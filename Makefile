@@ -159,8 +159,8 @@ $(VENV)/.installed-dev: $(VENV)/.made pyproject.toml sdk/python/pyproject.toml
 	@touch $(VENV)/.installed-up
 
 # The peers that the figures are measured against.
-$(VENV)/.installed-bench: $(VENV)/.made pyproject.toml
-	$(call install,dev$(comma)bench,$@)
+$(VENV)/.installed-bench: $(VENV)/.made pyproject.toml sdk/python/pyproject.toml
+	$(call install,dev$(comma)bench,$@,-e ./sdk/python)
 	@touch $(VENV)/.installed-up $(VENV)/.installed-dev
 
 # The client is a folder of this checkout: it is built first.

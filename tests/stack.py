@@ -92,7 +92,7 @@ class Project:
         headers = {"Authorization": f"Bearer {self.mint()}"}
 
         def is_known() -> bool:
-            return httpx.get(self.stack.base_url + "/v1/models", headers=headers).status_code != 403
+            return httpx.get(self.stack.base_url + "/v1/models", headers=headers).status_code == 200
 
         wait_until(is_known, what="the sidecar's reading of the configuration")
 
@@ -200,7 +200,7 @@ class Stack:
     def apply(self, text: str) -> None:
         """Write manifests and wait until the sidecar has read them."""
         self.run(apply_text(self.dsn, text))
-        time.sleep(0.6)  # the sidecar polls twice a second
+        time.sleep(1.0)  # the sidecar polls twice a second, and this machine may be busy
 
     def project(
         self,

@@ -74,8 +74,10 @@ CASES: dict[str, tuple[str, Series, dict[str, list[dict[str, str]]]]] = {
             f'{OUTCOMES}{{behest_project="busy",behest_outcome="completed"}}': "0+5x60",
             'behest_admission_refusals_total{behest_project="rich",behest_reason="quota"}': "0+2x60",
             f'{OUTCOMES}{{behest_project="rich",behest_outcome="completed"}}': "0+500x60",
+            # Nothing of it was served since the pods began.
+            'behest_admission_refusals_total{behest_project="spent",behest_reason="quota"}': "0+20x60",
         },
-        {"2m": [], "40m": [{"behest_project": "poor"}]},
+        {"2m": [], "40m": [{"behest_project": "poor"}, {"behest_project": "spent"}]},
     ),
     "a month's budget that is spent in a day and a half": (
         "BehestBudgetBurnFast",

@@ -1,11 +1,16 @@
 """Packages of npm: installed as their lock files say, once for each version of them."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+
+
+_UNREACHABLE = re.compile(r"ENOTFOUND|EAI_AGAIN|ECONN|ETIMEDOUT|ENETUNREACH|EHOSTUNREACH|E40[37]|CERT|SELF_SIGNED")
+"""In npm's words: no such host, no way there, a proxy that refuses, a certificate that this machine does not know."""
 
 
 def install(folder: Path) -> Path:
@@ -20,7 +25,10 @@ def install(folder: Path) -> Path:
             [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund"], cwd=folder, capture_output=True, text=True
         )
         if done.returncode:
-            pytest.skip(f"npm cannot install the packages here: {done.stderr.strip()[-300:]}")
+            said = done.stderr.strip()[-300:]
+            if _UNREACHABLE.search(done.stderr):
+                pytest.skip(f"npm's registry cannot be reached from here: {said}")
+            pytest.fail(f"npm cannot install the packages: {said}")
         installed.write_text(lock)
     return folder
 
