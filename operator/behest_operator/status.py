@@ -16,7 +16,7 @@ from behest_ledger.configuration.status import BudgetStatus, shown_amount
 from behest_ledger.store.configuration import read_budgets
 from behest_ledger.store.errors import LedgerError
 from behest_ledger.store.pool import Connection
-from behest_ledger.store.reports import Alert, alerts_since
+from behest_ledger.store.reports import ALERTS_SETTLE, Alert, alerts_since
 from behest_operator.conditions import Finding, merged
 from behest_operator.crds import GROUP, VERSION
 from behest_operator.kubernetes import Kubernetes, KubernetesError
@@ -26,10 +26,6 @@ logger = logging.getLogger(__name__)
 INTERVAL_S = 2.0
 """One status is written at most so often."""
 WRITES_AT_ONCE = 8
-OVERLAP = timedelta(minutes=1)
-"""So much later than it was reached a threshold may be seen, because others were written first."""
-EVENT_LIFE = timedelta(minutes=50)
-"""The API server keeps Events for an hour, and refuses to make one of the same name."""
 _OURS = ("phase", "scope", "limit", "spent", "held", "remaining", "overrun", "subjects", "biggest", "windowEndsAt")
 
 
@@ -83,10 +79,19 @@ def difference(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str,
 class BudgetBoard:
     """The Budgets of the cluster as last seen, and the loop that keeps their status true.
 
-    Up to when thresholds were told as Events is in the status (`alertedAt`), so that none is lost to a restart.
+    Up to when thresholds were told as Events is in the status (`alertedAt`), so that none is lost to a restart. One
+    Event tells of all windows that reached the same: of a budget per session there may be thousands in a minute.
     """
 
-    def __init__(self, pool: Connection, kubernetes: Kubernetes, *, interval_s: float = INTERVAL_S) -> None:
+    def __init__(
+        self,
+        pool: Connection,
+        kubernetes: Kubernetes,
+        *,
+        interval_s: float = INTERVAL_S,
+        settle: timedelta = ALERTS_SETTLE,
+    ) -> None:
+        self._settle = settle
         self._pool = pool
         self._kubernetes = kubernetes
         self._interval_s = interval_s
@@ -123,7 +128,7 @@ class BudgetBoard:
             for status in statuses
         }
         alerts: defaultdict[str, list[Alert]] = defaultdict(list)
-        for alert in await alerts_since(self._pool, since):
+        for alert in await alerts_since(self._pool, since, settle=self._settle):
             alerts[alert.budget].append(alert)
         limit = asyncio.Semaphore(WRITES_AT_ONCE)
 
@@ -180,6 +185,8 @@ class BudgetBoard:
         subject = " of " + ", ".join(alert.subject) if alert.subject else ""
         used, limit = shown_amount(int(alert.used), alert.unit), shown_amount(int(alert.limit), alert.unit)
         message = f"{alert.percent} % reached{subject}: {used} of {limit}"
+        if alert.windows > 1:
+            message += f", and {alert.windows - 1} more since {alert.first_at.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
         key = f"{alert.percent} {alert.subject} {alert.reached_at.isoformat()}"
         await self._event(metadata, "BudgetWarning", message, key=key)
 
@@ -221,11 +228,8 @@ class BudgetBoard:
 
 
 def _told_until(seen: Mapping[str, Any]) -> datetime:
-    """From when on thresholds of a budget may not have been told."""
-    told = _time(seen["status"].get("alertedAt"))
-    # What is older than an Event lives was told, or the name would not say so any more.
-    overlap = max(told - OVERLAP, min(told, datetime.now(UTC) - EVENT_LIFE))
-    return max(_time(seen["metadata"].get("creationTimestamp")), overlap)
+    """From when on thresholds of a budget were not told."""
+    return max(_time(seen["metadata"].get("creationTimestamp")), _time(seen["status"].get("alertedAt")))
 
 
 def _time(text: str | None) -> datetime:

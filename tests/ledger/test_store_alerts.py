@@ -1,14 +1,15 @@
 """Thresholds: what is charged reaches them once for each window, whoever charges, and nobody has to look for it."""
 
 import asyncio
-from datetime import UTC, datetime
+import json
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import asyncpg
 import pytest
 
 from behest_ledger.store.keeper import Keeper
-from behest_ledger.store.reports import alerts_since, budgets_of
+from behest_ledger.store.reports import Alert, alerts_since, budgets_of
 from ledger.books import TENANT, WHO, Books, keep_books, settlement
 from ledger.sidecars import Sidecar, charge, reap
 
@@ -24,9 +25,83 @@ async def spend(books: Books, output: int, **who: Any) -> None:
 async def told(books: Books) -> list[tuple[str, int, str]]:
     """(budget, percent, subject) of all alerts so far, after the keeper has looked."""
     await books.connection.fetchrow("SELECT * FROM ledger.tell_alerts_v1(100)")
-    budgets = await books.connection.fetch("SELECT tenant_id, budget_id FROM ledger.budget")
-    found = await alerts_since(books.connection, {(row["tenant_id"], row["budget_id"]): LONG_AGO for row in budgets})
-    return [(alert.budget.removeprefix("demo/"), alert.percent, "/".join(alert.subject)) for alert in found]
+    rows = await books.connection.fetch(
+        "SELECT budget_id, percent, subject::text FROM ledger.budget_alert ORDER BY reached_at, window_id, percent"
+    )
+    return [(row[0].removeprefix("demo/"), row[1], "/".join(json.loads(row[2]))) for row in rows]
+
+
+async def since(books: Books, *, limit: int = 10_000, **times: datetime) -> list[Alert]:
+    """What is told of budgets, each from a time on, as if the time in which alerts settle were over."""
+    wanted = {(TENANT, f"demo/{name}"): time for name, time in times.items()}
+    return await alerts_since(books.connection, wanted, settle=timedelta(0), limit=limit)
+
+
+async def write_alerts(books: Books, name: str, windows: int, *, began: datetime, percent: int = 50) -> None:
+    """Alerts of a budget's first windows, a millisecond apart, as the keeper writes them."""
+    await books.connection.execute(
+        "INSERT INTO ledger.budget_alert (tenant_id, window_id, percent, budget_id, subject, used, limit_amount,"
+        " reached_at) SELECT $1, i, $2, $3, jsonb_build_array('user ' || i), 5, 10,"
+        " $4::timestamptz + i * interval '1 ms' FROM generate_series(1, $5) AS i",
+        TENANT, percent, f"demo/{name}", began, windows,
+    )  # fmt: skip
+
+
+def test_thousands_of_a_budget_are_told_as_one_and_keep_no_other_budget_waiting(dsn: str) -> None:
+    async def work(books: Books) -> None:
+        hour_ago = datetime.now(UTC) - timedelta(hours=1)
+        await books.budget("each", 10, per=["user"], thresholds=[50, 80])
+        await books.budget("all", 10, thresholds=[50])
+        await write_alerts(books, "each", 1500, began=hour_ago)
+        await write_alerts(books, "each", 3, began=hour_ago, percent=80)
+        await write_alerts(books, "all", 1, began=hour_ago + timedelta(minutes=1), percent=51)
+        found = await since(books, each=LONG_AGO, all=LONG_AGO)
+        told = [(alert.budget, alert.percent, alert.windows, alert.subject) for alert in found]
+        assert told == [
+            ("demo/all", 51, 1, ["user 1"]),
+            ("demo/each", 50, 1500, ["user 1500"]),
+            ("demo/each", 80, 3, ["user 3"]),
+        ]
+        first_at, reached_at = hour_ago + timedelta(milliseconds=1), hour_ago + timedelta(milliseconds=1500)
+        assert (found[1].first_at, found[1].reached_at) == (first_at, reached_at)
+
+    keep_books(dsn, work)
+
+
+def test_however_many_are_looked_at_at_once_each_window_is_told_once(dsn: str) -> None:
+    async def work(books: Books) -> None:
+        hour_ago = datetime.now(UTC) - timedelta(hours=1)
+        await books.budget("each", 10, per=["user"], thresholds=[50, 80])
+        await write_alerts(books, "each", 10, began=hour_ago)
+        # At the same moments, as where a limit comes down to what many windows had spent.
+        await write_alerts(books, "each", 10, began=hour_ago, percent=80)
+        counted = {50: 0, 80: 0}
+        told_until = LONG_AGO
+        rounds = 0
+        while found := await since(books, each=told_until, limit=3):
+            rounds += 1
+            told_until = max(alert.reached_at for alert in found)
+            for alert in found:
+                counted[alert.percent] += alert.windows
+        assert (counted, rounds) == ({50: 10, 80: 10}, 5)
+
+    keep_books(dsn, work)
+
+
+def test_what_may_still_be_overtaken_is_told_later_and_of_subjects_once_in_a_minute(dsn: str) -> None:
+    async def work(books: Books) -> None:
+        for name, per in (("all", []), ("each", ["user"])):
+            await books.budget(name, 10, per=per, thresholds=[50])
+        now: datetime = await books.connection.fetchval("SELECT clock_timestamp()")
+        minute = now.replace(second=0, microsecond=0) - timedelta(hours=1)
+        settle = now - (minute + timedelta(seconds=30))
+        for name, percent, second in (("all", 50, 29), ("all", 51, 90), ("each", 52, -1), ("each", 53, 1)):
+            await write_alerts(books, name, 1, began=minute + timedelta(seconds=second), percent=percent)
+        wanted = {(TENANT, f"demo/{name}"): LONG_AGO for name in ("all", "each")}
+        found = await alerts_since(books.connection, wanted, settle=settle)
+        assert [alert.percent for alert in found] == [50, 52]
+
+    keep_books(dsn, work)
 
 
 def test_a_threshold_is_told_once_and_the_next_one_when_it_is_reached(dsn: str) -> None:
@@ -40,13 +115,13 @@ def test_a_threshold_is_told_once_and_the_next_one_when_it_is_reached(dsn: str) 
         assert await told(books) == [("money", 50, "")]
         await spend(books, 49)
         assert sorted(await told(books)) == [("money", 50, ""), ("money", 80, ""), ("money", 100, "")]
-        (first, *_) = await alerts_since(books.connection, {(TENANT, "demo/money"): LONG_AGO})
-        assert (first.unit, first.used, first.limit) == ("usd", "500", "1000")
-        later = {(TENANT, "demo/money"): first.reached_at}
-        assert [alert.percent for alert in await alerts_since(books.connection, later)] == [80, 100]
-        assert [alert.percent for alert in await alerts_since(books.connection, later, limit=1)] == [80]
-        assert await alerts_since(books.connection, {(TENANT, "demo/other"): LONG_AGO}) == []
-        assert await alerts_since(books.connection, {("other", "demo/money"): LONG_AGO}) == []
+        (first, *_) = await since(books, money=LONG_AGO)
+        assert (first.unit, first.used, first.limit, first.windows) == ("usd", "500", "1000", 1)
+        assert first.first_at == first.reached_at
+        later = await since(books, money=first.reached_at)
+        assert [alert.percent for alert in later] == [80, 100]
+        assert await since(books, other=LONG_AGO) == []
+        assert await alerts_since(books.connection, {("other", "demo/money"): LONG_AGO}, settle=timedelta(0)) == []
         assert await books.count("alert_due") == 0
 
     keep_books(dsn, work)

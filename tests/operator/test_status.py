@@ -8,7 +8,6 @@ import pytest
 
 from behest_ledger.configuration.records import BudgetRecord
 from behest_ledger.configuration.status import BudgetStatus
-from behest_operator import status
 from behest_operator.conditions import Finding, merged
 from behest_operator.kubernetes import KubernetesError
 from behest_operator.status import BudgetBoard, difference, exhausted_finding, scope_line, wanted_status
@@ -116,7 +115,7 @@ class Wall:
 
     def new_board(self) -> BudgetBoard:
         """As after a restart: it knows what the API server shows."""
-        self.board = BudgetBoard(self.books.connection, self.kubernetes)
+        self.board = BudgetBoard(self.books.connection, self.kubernetes, settle=timedelta(0))
         for path, found in self.kubernetes.objects.items():
             if path.startswith(BUDGETS):
                 self.board.see(found)
@@ -226,9 +225,7 @@ def test_a_threshold_that_was_reached_while_the_operator_was_away_is_told(databa
     keep_books(database, work)
 
 
-def test_what_was_told_is_not_told_again_when_its_event_is_long_gone(
-    database: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_was_told_is_not_told_again_when_its_event_is_long_gone(database: str) -> None:
     async def work(books: Books) -> None:
         wall = Wall(books)
         await books.budget("money", 1000, thresholds=[50])
@@ -237,7 +234,6 @@ def test_what_was_told_is_not_told_again_when_its_event_is_long_gone(
         await wall.board.round()
         for path in [path for path in wall.kubernetes.objects if path.startswith(EVENTS)]:
             del wall.kubernetes.objects[path]
-        monkeypatch.setattr(status, "EVENT_LIFE", timedelta(0))
         await wall.new_board().round()
         assert wall.told() == []
 
@@ -271,6 +267,39 @@ def test_a_namespace_that_takes_no_events_does_not_keep_others_from_their_status
         await wall.spend(1)
         with pytest.raises(KubernetesError, match="no route"):
             await wall.new_board().round()
+
+    keep_books(database, work)
+
+
+def test_subjects_that_reach_a_threshold_together_are_one_event_whenever_the_operator_was_killed(database: str) -> None:
+    async def work(books: Books) -> None:
+        for number in range(1, 40):
+            wall = Wall(books)
+            name = f"each{number}"
+            await books.budget(name, 1000, per=["session"], thresholds=[50])
+            wall.show(name)
+            await books.connection.execute(
+                "INSERT INTO ledger.budget_alert SELECT 'acme', $2 * 1500 + i, 50, $1,"
+                " jsonb_build_array(jsonb_build_array('demo/shop', 'ann', 's' || i)), 500, 1000,"
+                " now() - interval '1 h' + i * interval '1 ms' FROM generate_series(1, 1500) AS i",
+                f"demo/{name}",
+                number,
+            )
+            wall.steps.begin(number)
+            try:
+                await wall.board.round()
+            except Killed:
+                wall.steps.begin(None)
+                await wall.new_board().round()
+            else:
+                assert number > 4
+                return
+            (event,) = [found for path, found in wall.kubernetes.objects.items() if path.startswith(EVENTS)]
+            message, _, since = event["message"].partition(" since ")
+            assert message.startswith("50 % reached of demo/shop/ann/s1500: ")
+            assert message.endswith(", and 1499 more")
+            assert datetime.fromisoformat(since) < datetime.now(UTC)
+            await books.connection.execute("UPDATE ledger.budget SET deleted_at = now()")
 
     keep_books(database, work)
 

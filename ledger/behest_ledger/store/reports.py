@@ -1,7 +1,7 @@
 """What people ask the books: who spent what, what is left, what runs now."""
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 import msgspec
@@ -195,8 +195,13 @@ def _subject(text: str) -> list[str]:
     return ["/".join(map(str, part)) if isinstance(part, list) else str(part) for part in parts]
 
 
+ALERTS_SETTLE = timedelta(seconds=10)
+"""So much later than it was reached a threshold may be written, because others were first: a statement has five."""
+ALERTS_MAX = 10_000
+
+
 class Alert(msgspec.Struct, frozen=True, kw_only=True):
-    """One window has reached one threshold of its budget."""
+    """Windows of a budget have reached one of its thresholds. What is said of one of them is of the last."""
 
     budget: str
     subject: list[str]
@@ -205,28 +210,46 @@ class Alert(msgspec.Struct, frozen=True, kw_only=True):
     used: str
     """Charged when it was told, overrun included; in the budget's unit."""
     limit: str
+    windows: int
+    first_at: datetime
     reached_at: datetime
 
 
 async def alerts_since(
-    connection: Connection, since: Mapping[tuple[str, str], datetime], *, limit: int = 1000
+    connection: Connection,
+    since: Mapping[tuple[str, str], datetime],
+    *,
+    settle: timedelta = ALERTS_SETTLE,
+    limit: int = ALERTS_MAX,
 ) -> list[Alert]:
-    """The thresholds of budgets that were reached after a time, the oldest first.
+    """The thresholds of budgets that were reached after a time, one alert for all windows that reached the same.
 
-    `since` has that time for each budget, (tenant, budget's id). Raises `LedgerUnavailableError`.
+    `since` has that time for each budget, (tenant, budget's id). Asked again from the latest `reached_at` of a budget
+    it tells the rest, each window once. That is why it stops `settle` before now, and of budgets with subjects, which
+    may be thousands, at a whole minute. Of each budget it looks at the `limit` windows that were first.
+    Raises `LedgerUnavailableError`.
     """
     with mapped():
         rows = await connection.fetch(
             """
-            SELECT a.budget_id AS budget, a.subject::text AS subject, b.unit, a.percent, a.used::text,
-                   a.limit_amount::text AS "limit", a.reached_at
+            SELECT DISTINCT ON (a.tenant_id, a.budget_id, a.percent)
+                   a.budget_id AS budget, a.subject::text AS subject, b.unit, a.percent, a.used::text,
+                   a.limit_amount::text AS "limit", a.reached_at,
+                   count(*) OVER same AS windows, min(a.reached_at) OVER same AS first_at
             FROM unnest($1::text[], $2::text[], $3::timestamptz[]) AS s (tenant_id, budget_id, since)
-            JOIN ledger.budget_alert a USING (tenant_id, budget_id) JOIN ledger.budget b USING (tenant_id, budget_id)
-            WHERE a.reached_at > s.since
-            ORDER BY a.reached_at, a.budget_id, a.window_id, a.percent LIMIT $4""",
+            JOIN ledger.budget b USING (tenant_id, budget_id)
+            CROSS JOIN LATERAL (
+                SELECT * FROM ledger.budget_alert a
+                WHERE a.tenant_id = s.tenant_id AND a.budget_id = s.budget_id AND a.reached_at > s.since
+                  AND a.reached_at <= CASE WHEN b.per = '{}' THEN clock_timestamp() - $4::interval
+                                           ELSE date_trunc('minute', clock_timestamp() - $4::interval) END
+                ORDER BY a.reached_at FETCH FIRST $5 ROWS WITH TIES) AS a
+            WINDOW same AS (PARTITION BY a.tenant_id, a.budget_id, a.percent)
+            ORDER BY a.tenant_id, a.budget_id, a.percent, a.reached_at DESC, a.window_id DESC""",
             [tenant_id for tenant_id, _ in since],
             [budget_id for _, budget_id in since],
             list(since.values()),
+            settle,
             limit,
         )
     return [msgspec.convert({**row, "subject": _subject(row["subject"])}, Alert) for row in map(dict, rows)]
