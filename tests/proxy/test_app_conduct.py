@@ -170,7 +170,7 @@ class _Clock:
 
 
 def _follow(generation: Generation, client: _Client) -> None:
-    generation.follow(cast(Any, client), RequestContext(()), after=0, ids=False)
+    generation.follow(cast(Any, client), RequestContext(()), after=0, ids=False, stall_s=CLIENT_STALL_S)
 
 
 def test_a_client_that_joins_a_stalled_reply_gets_all_of_it() -> None:

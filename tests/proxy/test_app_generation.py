@@ -60,7 +60,7 @@ def event(text: str) -> bytes:
 def follow(generation: Generation, *, after: int = 0, ids: bool = False) -> tuple[Client, Follower]:
     client = Client()
     context = RequestContext([])
-    follower = generation.follow(client, context, after=after, ids=ids)
+    follower = generation.follow(client, context, after=after, ids=ids, stall_s=60)
     return client, follower
 
 
@@ -144,6 +144,56 @@ def test_a_client_that_joins_a_reply_whose_other_client_is_stuck_gets_the_provid
         assert (joined.data, resumed) == (event("1"), [False])
 
     run(test)
+
+
+def test_a_client_that_takes_nothing_of_what_it_lacks_is_cut_and_one_that_takes_some_is_not() -> None:
+    async def main() -> None:
+        now_s = 0.0
+        loop: Any = asyncio.get_running_loop()
+        loop.time = lambda: now_s
+        generation = a_generation(events=[event("1")])
+        stuck, slow, quick = Client(), Client(), Client()
+        stuck.paused = slow.paused = True
+        followers = [
+            generation.follow(client, RequestContext([]), after=0, ids=False, stall_s=60)
+            for client in (stuck, slow, quick)
+        ]
+        generation.replayed(DONE)
+        for follower in followers:
+            follower.pump()
+        for _ in range(3):
+            assert slow.on_resume is not None
+            slow.on_resume()  # full again at once
+            now_s += 40
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        assert (stuck.over, slow.over, quick.over) == ("reset", "", "end")
+        assert [follower.is_over for follower in followers] == [True, False, True]
+        slow.paused = False
+        assert slow.on_resume is not None
+        slow.on_resume()
+        now_s += 100
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert slow.over == "end"
+
+    asyncio.run(main())
+
+
+def test_the_last_clients_being_cut_is_its_leaving() -> None:
+    async def main() -> None:
+        generation = a_generation()
+        left: list[bool] = []
+        generation.on_gone = lambda: left.append(True)
+        client = Client()
+        generation.follow(client, RequestContext([]), after=0, ids=False, stall_s=0)
+        generation.begin(200, [])
+        client.paused = True
+        generation.add(event("1"), 1)
+        await asyncio.sleep(0.01)
+        assert (client.over, left) == ("reset", [True])
+
+    asyncio.run(main())
 
 
 def test_it_is_gone_when_the_last_client_left_and_not_before() -> None:

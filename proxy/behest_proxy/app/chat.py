@@ -121,7 +121,13 @@ class ChatCompletions:
         opened = await gateway.turns.open(asked)
         generation = opened.generation
         try:
-            follower = generation.follow(client, call.context, after=opened.after, ids=asked.asked.ids)
+            follower = generation.follow(
+                client,
+                call.context,
+                after=opened.after,
+                ids=asked.asked.ids,
+                stall_s=gateway.settings.client_stall_s,
+            )
             if not opened.is_given:
                 self._conducted(call, opened.request, asked.found, generation, opened)
         except ShownError as error:

@@ -41,15 +41,28 @@ class Follower:
     """One client at its place in the reply."""
 
     def __init__(
-        self, generation: "Generation", stream: ClientStream, context: RequestContext, *, after: int, ids: bool
+        self,
+        generation: "Generation",
+        stream: ClientStream,
+        context: RequestContext,
+        *,
+        after: int,
+        ids: bool,
+        stall_s: float,
     ) -> None:
-        """`after` is the number of the last event that the client has; `ids`: it asked for the numbers."""
-        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """`after` is the number of the last event that the client has; `ids`: it asked for the numbers.
+
+        Where it takes nothing of what it lacks for `stall_s` it is cut: nobody else looks after one that is behind.
+        """
+        self._loop = asyncio.get_running_loop()
+        self.done: asyncio.Future[None] = self._loop.create_future()
         self.stream = stream
         self.position = after
         self._generation = generation
         self._context = context
         self._ids = ids
+        self._stall_s = stall_s
+        self._stall_timer: asyncio.TimerHandle | None = None
         self._begun = False
         self._ending_sent = False
         stream.on_gone = self._on_gone
@@ -74,7 +87,11 @@ class Follower:
                 self.reset()  # what it lacks is not in memory any more: never a gap
                 return
             self._write(events)
-        if self.position < generation.count or self.is_over or not generation.ended:
+        if self.position < generation.count and not self.is_over:
+            if self._stall_timer is None:
+                self._stall_timer = self._loop.call_later(self._stall_s, self._on_stall)
+            return
+        if self.is_over or not generation.ended:
             return
         if generation.ending and not self._ending_sent:
             self._ending_sent = True
@@ -110,10 +127,21 @@ class Follower:
         self._generation.follower_gone()
 
     def _on_resume(self) -> None:
+        self._stop_timer()
         self.pump()
         self._generation.follower_resumed()
 
+    def _on_stall(self) -> None:
+        self.stream.reset()
+        self._on_gone()
+
+    def _stop_timer(self) -> None:
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+            self._stall_timer = None
+
     def _finish(self) -> None:
+        self._stop_timer()
         if not self.done.done():
             self.done.set_result(None)
 
@@ -295,9 +323,11 @@ class Generation:
 
     # --- its clients -------------------------------------------------------------------------------------------
 
-    def follow(self, stream: ClientStream, context: RequestContext, *, after: int, ids: bool) -> Follower:
-        """One more client, which has the events up to `after`."""
-        follower = Follower(self, stream, context, after=after, ids=ids)
+    def follow(
+        self, stream: ClientStream, context: RequestContext, *, after: int, ids: bool, stall_s: float
+    ) -> Follower:
+        """One more client, which has the events up to `after`. See `Follower`."""
+        follower = Follower(self, stream, context, after=after, ids=ids, stall_s=stall_s)
         self._followers = [one for one in self._followers if not one.is_over]
         self._followers.append(follower)
         if stream.gone:
