@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-
 _UNREACHABLE = re.compile(r"ENOTFOUND|EAI_AGAIN|ECONN|ETIMEDOUT|ENETUNREACH|EHOSTUNREACH|E40[37]|CERT|SELF_SIGNED")
 """In npm's words: no such host, no way there, a proxy that refuses, a certificate that this machine does not know."""
 
