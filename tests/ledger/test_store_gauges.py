@@ -11,7 +11,7 @@ import pytest
 from behest_ledger.money import PICO_PER_USD
 from behest_ledger.store import gauges, keeper_watch
 from behest_ledger.store.gauges import BooksGauges, BudgetGauges, read_gauges
-from behest_ledger.store.keeper import Keeper
+from behest_ledger.store.keeper import Keeper, KeeperReport
 from behest_ledger.store.keeper_watch import KeeperWatch
 from behest_ledger.telemetry import names
 from behest_ledger.telemetry.meter import Meter
@@ -189,6 +189,13 @@ def test_what_was_read_long_ago_is_not_told(dsn: str) -> None:
         assert told(meter, names.HOLDERS) == {}
 
     keep_books(dsn, work)
+
+
+def test_a_round_of_which_a_step_was_refused_has_failed_and_tells_what_it_did() -> None:
+    meter = Meter()
+    KeeperWatch(meter).done(KeeperReport(working=True, holds_to_suspense=3, failed=("seal",)), 0.1)
+    assert told(meter, names.KEEPER_ROUNDS) == {("failed",): 1}
+    assert told(meter, names.SUSPENDED) == {(): 3}
 
 
 def test_a_look_that_takes_too_long_is_given_up_and_the_keeper_goes_on(

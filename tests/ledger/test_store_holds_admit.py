@@ -141,7 +141,7 @@ def test_a_refusal_says_exactly_how_the_budget_stands(dsn: str) -> None:
         done, _ = await books.admit(input=10, need=1)
         await books.settle(settlement(done, input=10, output=1))
         await books.admit(need=7)
-        _, answer = await books.admit(need=10**13, rate=10**12)
+        _, answer = await books.admit(need=10**12, rate=10**13)
         ends_at, window_id = await books.connection.fetchrow("SELECT ends_at, window_id FROM ledger.budget_window")
         answer = refused(answer)
         assert answer.retry_after_s is not None

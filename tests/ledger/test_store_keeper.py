@@ -187,6 +187,41 @@ def test_a_broken_checkpoint_cannot_stop_the_policy(dsn: str) -> None:
     keep_books(dsn, work, clean=False)
 
 
+def test_what_cannot_be_charged_stops_nobody_else(dsn: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Holds of an older version, whose checkpoints and attributes nobody had looked at when they were written."""
+
+    async def work(books: Books) -> None:
+        await budgets(books)
+        good, text, huge, scalar = [await in_suspense(books, need=9, seen=(0, 2)) for _ in range(4)]
+        for one, quantity in ((text, '"x"'), (huge, "1e30")):
+            await books.connection.execute(
+                "UPDATE ledger.hold SET checkpoint_lines = $2::text::jsonb WHERE request_id = $1",
+                one,
+                f'[{{"class": "request", "quantity": {quantity}, "rate_pico": 0}}]',
+            )
+        await books.connection.execute("UPDATE ledger.hold SET attributes = '5' WHERE request_id = $1", scalar)
+        keeping = Keeper(dsn, grace_s=0.1)
+        await asyncio.sleep(0.11)
+        report = await keeping.run_once()
+        assert (report.charged_requests, report.charged_pico, report.failed) == (3, 20, ())
+        assert [await state(books, ended) for ended in (good, text, huge)] == ["charged_by_policy"] * 3
+        assert await told(books, text) == await told(books, huge) == ("crashed", "none", 0, 0, 0)
+        # Its row cannot be written: what it held stays where nobody can spend it, and is looked at after another grace.
+        assert await state(books, scalar) == "suspense"
+        assert (await books.window("money")).suspense == 90
+        told_of = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+        assert [("charged nothing" in line, "another grace" in line) for line in told_of] == [
+            (True, False),
+            (True, False),
+            (False, True),
+        ]
+        await books.connection.execute("UPDATE ledger.hold SET attributes = '{}' WHERE request_id = $1", scalar)
+        assert await charge(books, "checkpoint") == {scalar: 20}
+        await keeping.aclose()
+
+    keep_books(dsn, work)
+
+
 def test_there_are_two_policies(dsn: str) -> None:
     async def work(books: Books) -> None:
         with pytest.raises(asyncpg.PostgresError, match="no policy all"):
@@ -337,6 +372,29 @@ def test_a_round_does_everything_and_tells_it(dsn: str, caplog: pytest.LogCaptur
             "1 requests that no journal settled were charged by policy checkpoint: 0.00000000002 USD",
         ]
         assert await balances(books) == {"money": (20, 0, 0)}
+
+    keep_books(dsn, work)
+
+
+def test_a_step_that_is_refused_keeps_none_of_the_others(dsn: str, caplog: pytest.LogCaptureFixture) -> None:
+    async def work(books: Books) -> None:
+        await budgets(books)
+        keeping = Keeper(dsn, grace_s=0.0)
+        assert await keeping.run_once() == IDLE
+        one = await in_suspense(books, need=9, seen=(0, 2))
+        dead = await Sidecar.start(books)
+        await dead.admitted(need=1)
+        await dead.die()
+        # As a window would that says something else than its holds.
+        await books.connection.execute("ALTER TABLE ledger.budget_window ADD CONSTRAINT broken CHECK (suspense <= 90)")
+        report = await keeping.run_once()
+        await books.connection.execute("ALTER TABLE ledger.budget_window DROP CONSTRAINT broken")
+        assert report.failed == ("reap",)
+        assert (report.fenced, report.charged_requests) == ((), 1)
+        assert await state(books, one) == "charged_by_policy"
+        assert "the keeper could not reap: " in caplog.text
+        assert (await keeping.run_once()).failed == ()
+        await keeping.aclose()
 
     keep_books(dsn, work)
 

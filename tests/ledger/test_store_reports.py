@@ -2,7 +2,10 @@ from collections.abc import Awaitable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import msgspec
+
 from behest_ledger.configuration.status import BudgetStatus
+from behest_ledger.holds import UsageLine
 from behest_ledger.store.configuration import read_budgets
 from behest_ledger.store.reports import (
     BudgetState,
@@ -53,7 +56,11 @@ def test_top_counts_amounts_beyond_64_bits(dsn: str) -> None:
     async def work(books: Books) -> None:
         for _ in range(2):
             one, _ = await books.admit()
-            await books.settle(settlement(one, output=9 * 10**17))
+            dear = UsageLine(
+                class_="output", quantity=1, rate_pico=9 * 10**18, amount_pico=9 * 10**18, source="provider"
+            )
+            ended = settlement(one, output=1)
+            await books.settle(msgspec.structs.replace(ended, amount_pico=dear.amount_pico, lines=[dear]))
         (row,) = await top(books.connection, since=LONG_AGO)
         assert row.amount_pico == 18 * 10**18
 

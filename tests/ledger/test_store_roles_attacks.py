@@ -1,6 +1,8 @@
 """What a tenant with a stolen login of its sidecar tries, in plain SQL: nothing of it leads to another tenant."""
 
+import time
 from collections.abc import Awaitable
+from typing import Any
 from uuid import uuid4
 
 import asyncpg
@@ -10,6 +12,7 @@ import pytest
 from behest_ledger.api_key_hash import api_key_digest
 from behest_ledger.holds import Gone
 from behest_ledger.leases import Want
+from behest_ledger.request_id import request_id
 from behest_ledger.store import holders, holds, identity, leases, reports
 from behest_ledger.store.errors import LedgerForbiddenError, LedgerRefusedError
 from ledger.books import Books, granted, settlement
@@ -201,6 +204,111 @@ def test_nobody_raises_a_limit_by_a_strange_settlement(dsn: str) -> None:
                 "SELECT * FROM ledger.settle_batch_v1($1::text::jsonb)",
                 msgspec.json.encode([{**item, "amount_pico": "NaN"}]).decode(),
             )
+        # What cannot be summed up, and parts of a unit.
+        line = item["lines"][0]
+        for unsummable in (
+            {"input_tokens": 9 * 10**18},
+            {"output_tokens": 10**12 + 1},
+            {"amount_pico": 0.5},
+            {"amount_pico": 10**31},
+            {"lines": [{**line, "rate_pico": 0.25, "quantity": 2, "amount_pico": 0.5}]},
+            {"lines": [{**line, "quantity": 9 * 10**18, "rate_pico": 0, "amount_pico": 0}]},
+        ):
+            with pytest.raises(asyncpg.CheckViolationError):
+                await houses.acme.fetch(
+                    "SELECT * FROM ledger.settle_batch_v1($1::text::jsonb)",
+                    msgspec.json.encode([{**item, **unsummable}]).decode(),
+                )
+
+    in_two_houses(dsn, work)
+
+
+STRANGE_ADMISSIONS: list[dict[str, Any]] = [
+    {"input_amount_pico": 0.5},
+    {"input_amount_pico": -1},
+    {"input_amount_pico": "NaN"},
+    {"input_amount_pico": 10**31},
+    {"output_rate_pico": 0.5},
+    {"output_rate_pico": 10**16},
+    {"input_tokens": -1},
+    {"need_tokens": -1},
+    {"want_tokens": 10**13},
+    {"shares": 0},
+    {"attributes": 5},
+    {"attributes": {"project": "acme/shop", "user": "u" * 1025}},
+]
+
+
+def test_nothing_is_held_that_is_no_whole_amount(dsn: str) -> None:
+    async def work(houses: Houses) -> None:
+        await houses.owner.execute(
+            "UPDATE ledger.budget_window SET ceiling = NULL; UPDATE ledger.budget SET enforcement = 'soft'"
+        )
+        for strange in STRANGE_ADMISSIONS:
+            asked = [msgspec.to_builtins(of_tenant("acme", houses.acme_holder)) | strange for _ in range(2)]
+            with pytest.raises(asyncpg.CheckViolationError, match="domain"):
+                await houses.acme.fetch(
+                    "SELECT * FROM ledger.admit_batch_v1($1, $2::text::jsonb)",
+                    houses.acme_holder,
+                    msgspec.json.encode(asked).decode(),
+                )
+        extend = (
+            "SELECT * FROM ledger.extend_batch_v1("
+            "'{acme}', ARRAY[$1::uuid], '{1}', ARRAY[$2::bigint], ARRAY[$3::bigint], $4)"
+        )
+        for need, want, shares in ((-3, -3, 1), (0, -1, 1), (-1, 0, 1), (10**13, 0, 1), (1, 1, 0)):
+            with pytest.raises(asyncpg.CheckViolationError, match="domain"):
+                await houses.acme.fetch(extend, houses.acme_request, need, want, shares)
+
+    in_two_houses(dsn, work)
+
+
+@pytest.mark.parametrize(
+    ("amount", "lines"),
+    [
+        ("0", [{"class": "input", "quantity": "x", "rate_pico": 1}]),
+        ("0", [{"class": "input", "quantity": 1e30, "rate_pico": 0}]),
+        ("0", [{"class": "input", "quantity": -1, "rate_pico": 0}]),
+        ("0", [{"class": "input", "rate_pico": 0}]),
+        ("0", [{"class": "tea", "quantity": 1, "rate_pico": 0}]),
+        ("0", {"class": "input", "quantity": 1, "rate_pico": 0}),
+        ("0.5", [{"class": "request", "quantity": 1, "rate_pico": 0.5}]),
+        ("7", [{"class": "request", "quantity": 1, "rate_pico": 8}]),
+        ("1" + 30 * "0" + "1", []),
+    ],
+)
+def test_no_checkpoint_is_written_that_could_not_be_charged(dsn: str, amount: str, lines: Any) -> None:
+    async def work(houses: Houses) -> None:
+        with pytest.raises((asyncpg.DataError, asyncpg.IntegrityConstraintViolationError)):
+            await houses.acme.fetch(
+                "SELECT * FROM ledger.checkpoint_batch_v1('{acme}', ARRAY[$1::uuid], '{0}', '{0}',"
+                " ARRAY[$2::text::numeric], ARRAY[$3::text::jsonb])",
+                houses.acme_request,
+                amount,
+                msgspec.json.encode(lines).decode(),
+            )
+
+    in_two_houses(dsn, work)
+
+
+def test_a_request_id_of_months_to_come_is_refused(dsn: str) -> None:
+    """Its month would have rows in the default partitions, and with them never partitions of its own."""
+
+    async def work(houses: Houses) -> None:
+        now_ms = int(time.time() * 1000)
+        later = request_id(now_ms + 200 * 86_400_000, 1)
+        asked = msgspec.structs.replace(of_tenant("acme", houses.acme_holder), request_id=later)
+        with pytest.raises(LedgerRefusedError, match="has not begun"):
+            await holds.admit(houses.acme, asked)
+        with pytest.raises(LedgerRefusedError, match="has not begun"):
+            await holds.settle(houses.acme, [settlement(later, input=1, output=1, tenant="acme")])
+        # Of now, though a clock is an hour fast; and of long ago, as a journal may have it.
+        for days in (1 / 24, -200):
+            one = request_id(now_ms + round(days * 86_400_000), 2)
+            granted(await holds.admit(houses.acme, msgspec.structs.replace(asked, request_id=one)))
+            await holds.settle(houses.acme, [settlement(one, input=1, output=1, tenant="acme")])
+        month = await houses.owner.fetchval("SELECT ledger.month_of_v1($1)", later)
+        assert await houses.owner.fetchval("SELECT ledger.make_partitions_v1($1, 1)", month) > 5
 
     in_two_houses(dsn, work)
 

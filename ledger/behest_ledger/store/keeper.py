@@ -4,8 +4,8 @@ It fences holders that are dead and moves their holds to suspense, charges what 
 seals what was written and adds it to the sums of usage, tells of budgets that reached a threshold, makes the partitions
 of the months to come, and forgets holders of long ago. Many keepers may run, one works: the one that has an advisory
 lock of its own session. The lock saves work and is no condition of being right: each step is one function of the
-database that is whole, bounded, and may be called at any time. Months that are old enough are put away
-(`store/retention.py`).
+database that is whole, bounded, and may be called at any time; one that is refused keeps none of the others. Months
+that are old enough are put away (`store/retention.py`).
 
 True-up, the way from what is believed to what is true, has three steps, and the keeper takes only the middle one. A
 journal that comes back settles its requests itself, out of suspense, and nothing has to be made good. What no journal
@@ -17,17 +17,23 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import asyncpg
 import msgspec
 
 from behest_ledger.configuration.status import shown_amount
 from behest_ledger.money import usd_from_pico
-from behest_ledger.store.errors import LedgerConflictError, LedgerError, LedgerRefusedError, mapped
+from behest_ledger.store.errors import (
+    LedgerConflictError,
+    LedgerError,
+    LedgerForbiddenError,
+    LedgerRefusedError,
+    mapped,
+)
 from behest_ledger.store.keeper_watch import ROUNDS_A_LOOK, KeeperWatch
 from behest_ledger.store.migrate import PARTITIONS_AHEAD_MONTHS, check_schema
 from behest_ledger.store.pool import Connection, connect
@@ -39,6 +45,7 @@ from behest_ledger.store.usage import Added, add_up
 logger = logging.getLogger(__name__)
 
 Policy = Literal["checkpoint", "hold"]
+_DoneT = TypeVar("_DoneT")
 
 INTERVAL_S = 5.0
 GRACE_S = 24 * 3600.0
@@ -85,6 +92,8 @@ class KeeperReport(msgspec.Struct, frozen=True, kw_only=True):
     threads_deleted: int = 0
     more: bool = False
     """There is more than one round may do."""
+    failed: tuple[str, ...] = ()
+    """The steps that the database refused. The others were done."""
 
 
 class _Alert(msgspec.Struct, kw_only=True):
@@ -154,6 +163,7 @@ class Keeper:
         """All places of requests that came into suspense before are free already."""
         self._housekeeping_due_s = 0.0
         self._told_standby = False
+        self._failed: list[str] = []
 
     async def run(self) -> None:
         """Work until cancelled. Whatever the database does, it is tried again, later and later up to 15 s."""
@@ -168,7 +178,7 @@ class Keeper:
                     retry_s = min(retry_s * 2, RETRY_MAX_S)
                 else:
                     retry_s = RETRY_FIRST_S
-                    await asyncio.sleep(0 if report.more else self._interval_s)
+                    await asyncio.sleep(0 if report.more and not report.failed else self._interval_s)
         finally:
             await self.aclose()
 
@@ -186,21 +196,27 @@ class Keeper:
 
     async def run_once(self) -> KeeperReport:
         """One round. Raises `LedgerError`; the next round connects again where that is needed."""
+        self._failed = []
         async with self._session() as connection:
             if not await self._has_lock(connection):
                 if not self._told_standby:
                     logger.info("another keeper works; standing by")
                     self._told_standby = True
                 return KeeperReport(working=False)
-            fenced, suspended, more_to_reap = await self._reap(connection)
-            made, pruned = await self._keep_house(connection)
-            charged, charged_pico, more_to_charge = await self._charge(connection)
-            alerts, more_to_tell = await self._tell_alerts(connection)
-            sealed = await self._seal(connection)
-            added = await self._add_up(connection, sealed)
-            threads_deleted = await self._forget_threads(connection)
+            fenced, suspended, more_to_reap = await self._step("reap", self._reap(connection), ((), 0, False))
+            await self._step("free the places of the dead", self._free_places(connection), None)
+            made, pruned = await self._step("keep house", self._keep_house(connection), (0, 0))
+            charged, charged_pico, more_to_charge = await self._step(
+                "charge by policy", self._charge(connection), (0, 0, False)
+            )
+            alerts, more_to_tell = await self._step("tell alerts", self._tell_alerts(connection), (0, False))
+            sealed = await self._step("seal", self._seal(connection), Sealed(0, 0, more=False))
+            added = await self._step("add up", self._add_up(connection, sealed), Added(0, more=False))
+            threads_deleted = await self._step("forget threads", self._forget_threads(connection), 0)
             if self._watch is not None:
-                await self._watch.look(connection, interval_s=ROUNDS_A_LOOK * self._interval_s)
+                look = self._watch.look(connection, interval_s=ROUNDS_A_LOOK * self._interval_s)
+                await self._step("look", look, None)
+        months_put_away = await self._step("put months away", self._put_months_away(), 0)
         return KeeperReport(
             working=True,
             fenced=fenced,
@@ -213,10 +229,23 @@ class Keeper:
             seals=sealed.seals,
             sealed_rows=sealed.rows,
             usage_requests=added.requests,
-            months_put_away=await self._put_months_away(),
+            months_put_away=months_put_away,
             threads_deleted=threads_deleted,
             more=more_to_reap or more_to_charge or more_to_tell or sealed.more or added.more,
+            failed=tuple(self._failed),
         )
+
+    async def _step(self, name: str, step: Awaitable[_DoneT], otherwise: _DoneT) -> _DoneT:
+        """What a step answers; `otherwise` where the database refuses it: that must not stop what others are for."""
+        try:
+            with mapped():
+                return await step
+        except LedgerForbiddenError:
+            raise  # a role that is not the owner's can do nothing
+        except LedgerRefusedError as error:
+            logger.error("the keeper could not %s: %s", name, error)  # noqa: TRY400 - where it was asked says nothing
+            self._failed.append(name)
+            return otherwise
 
     async def aclose(self) -> None:
         """Give the lock back. The keeper can be used again."""
@@ -298,7 +327,6 @@ class Keeper:
                 break
         if holds:
             logger.warning("%d requests of dead holders went to suspense", holds)
-        await self._free_places(connection)
         return tuple(names), holds, more
 
     async def _free_places(self, connection: Connection) -> None:
@@ -332,13 +360,18 @@ class Keeper:
         more = True
         for _ in range(BATCHES_MAX):
             rows: list[Any] = await connection.fetch(
-                "SELECT amount_pico::text FROM ledger.charge_by_policy_v1($1, $2, $3)",
+                "SELECT request_id, amount_pico::text, problem FROM ledger.charge_by_policy_v1($1, $2, $3)",
                 self._grace,
                 self._policy,
                 BATCH_HOLDS_MAX,
             )
-            requests += len(rows)
-            amount_pico += sum(int(row["amount_pico"]) for row in rows)
+            for request, amount, problem in rows:
+                if problem is not None:
+                    done = "stays in suspense for another grace" if amount is None else "was charged nothing"
+                    logger.error("request %s cannot be charged by policy, and %s: %s", request, done, problem)
+                if amount is not None:
+                    requests += 1
+                    amount_pico += int(amount)
             more = len(rows) == BATCH_HOLDS_MAX
             if not more:
                 break

@@ -79,7 +79,7 @@ class KeeperWatch:
             self._rounds.add(("stood_by",))
             self._books = self._sealed_until_s = None
             return
-        self._rounds.add(("worked",))
+        self._rounds.add(("failed",) if report.failed else ("worked",))
         self._duration.record((), seconds)
         self._reaped.add((), len(report.fenced))
         self._suspended.add((), report.holds_to_suspense)
