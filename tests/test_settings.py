@@ -41,9 +41,8 @@ def sample_of(name: str) -> tuple[str, Any]:
         return text, text
     if name == "trusted_proxies":
         return "10.0.0.0/8", "10.0.0.0/8"
-    return {"pod_bind": ("127.0.0.1:1", "127.0.0.1:1"), "workload_labels": ("{}", "{}")}.get(
-        name, ("some text", "some text")
-    )
+    text = {"pod_bind": "127.0.0.1:1", "workload_labels": "{}", "provider_key_env": "*"}.get(name, "some text")
+    return text, text
 
 
 def documented() -> set[str]:
@@ -126,6 +125,7 @@ WORKLOAD = {"BEHEST_WORKLOAD_NAMESPACE": "demo", "BEHEST_WORKLOAD_NAME": "web", 
         ({"BEHEST_POD_BIND": "127.0.0.1:8079", "BEHEST_WORKLOAD_PROJECT": ""}, "BEHEST_WORKLOAD_PROJECT is not set"),
         ({"BEHEST_WORKLOAD_LABELS": "[1]"}, "BEHEST_WORKLOAD_LABELS must be a JSON object of strings"),
         ({"BEHEST_DATA_KEY_FILE": "/a", "BEHEST_MASTER_KEY_FILE": "/b"}, "exclude each other"),
+        ({"BEHEST_PROVIDER_KEY_ENV": "OPENAI_API_KEY"}, "BEHEST_PROVIDER_KEY_ENV: entry 1 must end with"),
         ({"BEHEST_DATABASE_URL": "", "BEHEST_DATABASE_URL_FILE": "/no/such"}, "BEHEST_DATABASE_URL_FILE: /no/such"),
     ],
 )

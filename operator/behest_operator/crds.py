@@ -97,7 +97,14 @@ _MORE: dict[str, Schema] = {
     "Upstream.credentials": _rules(
         ("has(self.secretKeyRef) != has(self.env)", "must have exactly one of secretKeyRef and env")
     ),
-    "Upstream.credentials.env": {"pattern": "^[A-Za-z_][A-Za-z0-9_]*$", "maxLength": 128},
+    "Upstream.credentials.env": {
+        "pattern": "^[A-Za-z_][A-Za-z0-9_]*$",
+        "maxLength": 128,
+        **_rules(
+            ("self.contains('KEY') || self.contains('TOKEN')", "must have KEY or TOKEN in it, such as OPENAI_API_KEY"),
+            ("!self.startsWith('BEHEST_')", "must not begin with BEHEST_: those are Behest's own settings"),
+        ),
+    },
     "Upstream.credentials.secretKeyRef.name": _DNS_NAME,
     "Upstream.credentials.secretKeyRef.key": {"pattern": "^[-._a-zA-Z0-9]+$", "maxLength": 253},
     "Upstream.timeouts.connectSeconds": _SECONDS,

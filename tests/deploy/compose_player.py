@@ -39,7 +39,7 @@ class Compose:
 
     def __init__(self, file: Path, folder: Path, profile: str) -> None:
         self._source, self._folder = file.parent, folder
-        text = re.sub(r"\$\{[A-Z_]+:-([^}]*)\}", r"\1", file.read_text())
+        text = re.sub(r"\$\{[A-Z_]+:?-([^}]*)\}", r"\1", file.read_text())
         document: dict[str, Any] = yaml.safe_load(text)
         self.services: dict[str, dict[str, Any]] = {
             name: service

@@ -253,7 +253,10 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     (upstream(credentials={}), "Upstream demo/it: spec.credentials: must have exactly one of secretKeyRef and env"),
     (
         upstream(credentials={"env": "sk-12345"}),
-        "Upstream demo/it: spec.credentials.env: must be the name of an environment variable such as OPENAI_API_KEY",
+        (
+            "Upstream demo/it: spec.credentials.env: must be the name of an environment variable such as"
+            " OPENAI_API_KEY, with KEY or TOKEN in it and not BEHEST_ before it"
+        ),
     ),
     (
         upstream(baseURL="https://user:sec/ret@api.example.com"),
@@ -266,6 +269,27 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     (
         upstream(credentials={"secretKeyRef": {"name": "openai", "key": "sk 12345"}}),
         "Upstream demo/it: spec.credentials.secretKeyRef.key: must be a key of a Secret, not what it holds",
+    ),
+    (
+        upstream(credentials={"env": "BEHEST_DATABASE_URL"}),
+        (
+            "Upstream demo/it: spec.credentials.env: must be the name of an environment variable such as"
+            " OPENAI_API_KEY, with KEY or TOKEN in it and not BEHEST_ before it"
+        ),
+    ),
+    (
+        upstream(credentials={"env": "BEHEST_MASTER_KEY_FILE"}),
+        (
+            "Upstream demo/it: spec.credentials.env: must be the name of an environment variable such as"
+            " OPENAI_API_KEY, with KEY or TOKEN in it and not BEHEST_ before it"
+        ),
+    ),
+    (
+        upstream(credentials={"env": "PGPASSWORD"}),
+        (
+            "Upstream demo/it: spec.credentials.env: must be the name of an environment variable such as"
+            " OPENAI_API_KEY, with KEY or TOKEN in it and not BEHEST_ before it"
+        ),
     ),
     (
         upstream(credentials={"secretKeyRef": {"name": "openai"}}),

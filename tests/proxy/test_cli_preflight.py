@@ -63,6 +63,7 @@ def test_a_busy_port_names_the_option() -> None:
         ("ftp://x/v1", None, "no http address"),
         ("https:///v1", None, "no http address"),
         ("https://x/v1", "MISSING_KEY", "MISSING_KEY is empty or not set; export MISSING_KEY="),
+        ("https://x/v1", "DATABASE_URL", "does not look like a provider's key"),
         (None, "OPENAI_API_KEY", "without --upstream"),
     ],
 )

@@ -63,7 +63,8 @@ def project(template: Server, tmp_path_factory: pytest.TempPathFactory) -> Itera
             dsn,
             folder,
             BEHEST_MASTER_KEY_FILE=str(folder / "master-key"),
-            NAMED_IN_THE_MANIFEST="sk-of-the-manifest",
+            BEHEST_PROVIDER_KEY_ENV=f"KEY_OF_THE_MANIFEST={url.removesuffix('/v1')}",
+            KEY_OF_THE_MANIFEST="sk-of-the-manifest",
         ) as stack,
     ):
         yield stack.project(upstream_url=url, upstream="  byok: true")
@@ -151,11 +152,19 @@ def test_a_key_that_cannot_be_kept_is_refused(
     assert told in done.stderr
 
 
+def test_an_upstream_elsewhere_does_not_get_a_key_of_the_environment(project: Project) -> None:
+    with _echo() as elsewhere:
+        thief = project.stack.project(upstream_url=elsewhere, upstream="  credentials: {env: KEY_OF_THE_MANIFEST}")
+        answer = asked(thief)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "server_error")
+    assert "allows it in BEHEST_PROVIDER_KEY_ENV" in answer.json()["error"]["message"]
+
+
 def test_without_a_key_of_its_own_a_project_calls_with_what_the_manifest_names(project: Project) -> None:
     stack, master_key = project.stack, project.stack.log.parent / "master-key"
     other = stack.project(
         upstream_url=stack.query("SELECT spec ->> 'baseURL' AS url FROM ledger.upstream LIMIT 1")[0]["url"],
-        upstream="  byok: true\n  credentials: {env: NAMED_IN_THE_MANIFEST}",
+        upstream="  byok: true\n  credentials: {env: KEY_OF_THE_MANIFEST}",
     )
     assert "Bearer sk-of-the-manifest" in asked(other).text
     which = ["--project", other.project_id, "--provider", "provider"]

@@ -234,6 +234,7 @@ def told(template: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator
             OTEL_EXPORTER_OTLP_HEADERS=f"api-key={marked['header']}",
             BEHEST_LOG_LEVEL="debug",
             BEHEST_LOG_FORMAT="json",
+            BEHEST_PROVIDER_KEY_ENV=f"MARKED_PROVIDER_KEY={url.removesuffix('/v1')}",
             MARKED_PROVIDER_KEY=marked["provider key"],
         ) as stack,
     ):

@@ -20,6 +20,7 @@ NAME_LENGTH_MAX = 253
 DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 DNS_SUBDOMAIN = re.compile(rf"{DNS_LABEL.pattern}(\.{DNS_LABEL.pattern})*")
 VISIBLE = re.compile(r"[\x21-\x7e]+")
+_ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 _LABEL_NAME = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 _ZONE = re.compile(r"[A-Za-z][A-Za-z0-9_+-]*(/[A-Za-z0-9_+-]+){0,2}")
 _ABBREVIATIONS = frozenset({"CET", "EET", "EST", "HST", "MET", "MST", "WET"})
@@ -47,6 +48,19 @@ def dns_name(path: str, name: str | None) -> Iterator[Problem]:
     """A name as Kubernetes and the price book have them."""
     if name is not None and (len(name) > NAME_LENGTH_MAX or not DNS_SUBDOMAIN.fullmatch(name.replace("_", "-"))):
         yield path, f"must be a name of lower-case letters, digits, '-' and '.', got {shown(name)}"
+
+
+def holds_a_key(variable: str) -> bool:
+    """Whether a variable of the environment may be named as a provider's key.
+
+    By its name, which says so: what a process has besides (`PATH`, `PGHOST`, `DATABASE_URL`) is sent to no provider,
+    and of Behest's own settings not even what has a key in it.
+    """
+    return (
+        _ENVIRONMENT_NAME.fullmatch(variable) is not None
+        and ("KEY" in variable or "TOKEN" in variable)
+        and not variable.startswith("BEHEST_")
+    )
 
 
 def short_text(path: str, text: str | None) -> Iterator[Problem]:

@@ -38,6 +38,7 @@ from behest_ledger.configuration.rules import (
     few,
     glob,
     globs,
+    holds_a_key,
     in_range,
     is_host,
     is_zone,
@@ -62,7 +63,6 @@ ISSUER_CLAIMS = ("uid", "sid", "tier", "pid")
 _KID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.:~-]{0,127}")
 _DECIMAL = re.compile(r"[0-9]{1,12}(\.[0-9]{1,12})?")
 _RATE = re.compile(r"[0-9]{1,9}(\.[0-9]{1,6})?")
-_ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 _PUBLIC_PEM = re.compile(r"\s*-----BEGIN (RSA )?PUBLIC KEY-----[A-Za-z0-9+/=\s]+-----END (RSA )?PUBLIC KEY-----\s*")
 
 
@@ -209,8 +209,14 @@ def _upstream(spec: UpstreamSpec) -> Iterator[Problem]:
                 yield path, "must be the name of a Secret, not the key itself"
             if not re.fullmatch(r"[-._a-zA-Z0-9]{1,253}", reference.key):
                 yield "spec.credentials.secretKeyRef.key", "must be a key of a Secret, not what it holds"
-        if variable is not None and not _ENVIRONMENT_NAME.fullmatch(variable):
-            yield "spec.credentials.env", "must be the name of an environment variable such as OPENAI_API_KEY"
+        if variable is not None and not holds_a_key(variable):
+            yield (
+                "spec.credentials.env",
+                (
+                    "must be the name of an environment variable such as OPENAI_API_KEY, with KEY or TOKEN in it and"
+                    " not BEHEST_ before it"
+                ),
+            )
     for name, seconds in (
         ("connectSeconds", spec.timeouts.connect_seconds),
         ("firstByteSeconds", spec.timeouts.first_byte_seconds),

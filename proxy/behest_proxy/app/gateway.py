@@ -36,6 +36,7 @@ from behest_proxy.app.door import Door
 from behest_proxy.app.holder import Holder
 from behest_proxy.app.key_fetch import fetch_keys
 from behest_proxy.app.leasing import Leasing
+from behest_proxy.app.lent_keys import lent_keys_in
 from behest_proxy.app.memory import Memory
 from behest_proxy.app.mounted import MountedFiles
 from behest_proxy.app.origins import project_allows
@@ -112,7 +113,7 @@ class Gateway:
         self.memory = Memory(settings.journal_dir)
         self.workload = settings.workload
         key_of_tenant = _key_of_tenant(settings)
-        self.provider_keys = ProviderKeys(key_of_tenant)
+        self.provider_keys = ProviderKeys(key_of_tenant, lent_keys_in(settings.provider_key_env))
         self.replies_pool: Connection = None
         """A connection of their own: what is said waits for money, never the other way round."""
         self.replies = Replies(Vault(key_of_tenant), lambda: self.holder.holder_id)

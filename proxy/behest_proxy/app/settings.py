@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from behest_proxy.app.lent_keys import lent_keys_in
 from behest_proxy.identity.addresses import networks_in
 from behest_proxy.identity.workload import Workload, labels_from
 
@@ -33,6 +34,11 @@ class Settings:
     """The tenant's key (32 bytes in base64) under which keys of providers are sealed in the ledger."""
     master_key_file: Path | None = None
     """Instead of `data_key_file` for a gateway that serves all tenants: the key that theirs come out of."""
+    provider_key_env: str = ""
+    """The variables that Upstreams may name as their key (`credentials: {env: ...}`), each with the tenant whose
+    Upstreams may, or with the one address that everybody's may send it to, such as
+    `ACME_OPENAI_KEY=acme, OPENAI_API_KEY=https://api.openai.com`. `*`: all with KEY or TOKEN in their names, for
+    everybody: only where nobody else writes Upstreams. Empty: none."""
     bind: str = "127.0.0.1:8080"
     """Where clients connect: HTTP/1.1 and HTTP/2 (prior knowledge; ALPN under TLS)."""
     pod_bind: str | None = None
@@ -161,6 +167,10 @@ def from_environment(environment: Mapping[str, str] | None = None) -> Settings:
         networks_in(given.get("trusted_proxies", ""))
     except ValueError as error:
         raise SettingsError(f"BEHEST_TRUSTED_PROXIES must be networks such as 10.0.0.0/8: {error}") from None
+    try:
+        lent_keys_in(given.get("provider_key_env", ""))
+    except ValueError as error:
+        raise SettingsError(f"BEHEST_PROVIDER_KEY_ENV: {error}") from None
     _check_workload(given)
     return Settings(**given)
 

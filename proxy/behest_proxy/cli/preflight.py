@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from behest_ledger.configuration.rules import holds_a_key
 from behest_proxy.cli.binaries import embedded_folder
 from behest_proxy.cli.terminal import UserError
 
@@ -55,6 +56,11 @@ def check_upstream(url: str | None, key_variable: str | None, environment: Mappi
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(f"--upstream {url} is no http address", "write it as https://api.openai.com/v1")
+    if key_variable is not None and not holds_a_key(key_variable):
+        raise UserError(
+            f"--upstream-key-env {key_variable} does not look like a provider's key",
+            "give it in a variable with KEY or TOKEN in its name, and not BEHEST_ before it, such as OPENAI_API_KEY",
+        )
     if key_variable is not None and not environment.get(key_variable):
         raise UserError(f"the variable {key_variable} is empty or not set", f"export {key_variable}=...")
 

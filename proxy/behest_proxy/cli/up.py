@@ -270,6 +270,7 @@ class Up:
     async def _start_sidecar(self, dsn: str, secrets: _Secrets) -> Guarded:
         environment = {
             "BEHEST_DRAIN_S": _DRAIN_S,
+            "BEHEST_PROVIDER_KEY_ENV": "*",  # who applies Upstreams here has this environment already
             **self._environment,
             "BEHEST_DATABASE_URL": dsn,
             "BEHEST_BIND": self._address,

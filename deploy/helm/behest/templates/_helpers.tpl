@@ -152,8 +152,13 @@ affinity: {{- toYaml . | nindent 2 }}
 {{- if and .autoscaling.enabled (gt (int .autoscaling.minReplicas) (int .autoscaling.maxReplicas)) -}}
 {{- fail "gateway.autoscaling: minReplicas must not be above maxReplicas" -}}
 {{- end -}}
-{{- else if or .autoscaling.enabled .providerKeysSecretName -}}
-{{- fail "gateway: autoscaling.enabled and providerKeysSecretName are for a gateway: set gateway.enabled, or leave them empty" -}}
+{{- if and .providerKeysSecretName (not .providerKeysFor) -}}
+{{- fail "gateway.providerKeysFor: say who may use which key of providerKeysSecretName, such as OPENAI_API_KEY=https://api.openai.com" -}}
+{{- else if and .providerKeysFor (not .providerKeysSecretName) -}}
+{{- fail "gateway.providerKeysFor: name the Secret with these keys in providerKeysSecretName, or leave it empty" -}}
+{{- end -}}
+{{- else if or .autoscaling.enabled .providerKeysSecretName .providerKeysFor -}}
+{{- fail "gateway: autoscaling.enabled, providerKeysSecretName and providerKeysFor are for a gateway: set gateway.enabled, or leave them empty" -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
