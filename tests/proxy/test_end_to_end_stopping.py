@@ -11,8 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from behest_ledger.store.pool import connect
+from behest_proxy.app.asgi import client_app
+from behest_proxy.app.gateway import Gateway
+from behest_proxy.app.settings import Settings
 from stack import Stack, running_stack, wait_until
 
 QUESTION: list[Any] = [{"role": "user", "content": "Tell me a story."}]
@@ -58,6 +62,42 @@ def test_a_sidecar_that_is_told_to_stop_ends_its_streams_properly_and_settles_th
         assert row["outcome"] == "draining"
         assert row["output_tokens"] > 0
         assert stack.verify().findings == []
+
+
+@pytest.mark.parametrize("more", [[], [(b"idempotency-key", b"once")]], ids=["plain", "kept"])
+def test_a_request_that_was_uploading_when_the_process_was_told_to_stop_is_not_admitted(
+    stack: Stack, tmp_path: Path, more: list[tuple[bytes, bytes]]
+) -> None:
+    project = stack.project()
+    headers = [(b"authorization", f"Bearer {project.mint()}".encode()), *more]
+    key_file = tmp_path / "signing.pem"
+    key_file.write_bytes(stack.signing_key.private_pem())
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def scenario() -> None:
+        gateway = Gateway(Settings(database_url=stack.dsn, signing_key_file=key_file))
+        await gateway.start()
+        body = json.dumps({"messages": QUESTION, "sim": {"output_tokens": 3}}).encode()
+
+        async def receive() -> Any:
+            if gateway.draining:
+                return {"type": "http.disconnect"}
+            gateway.draining = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        try:
+            scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": headers}
+            await client_app(gateway)(scope, receive, send)
+        finally:
+            await gateway.aclose()
+
+    asyncio.run(scenario())
+    assert sent[0]["status"] == 503
+    assert json.loads(sent[1]["body"])["error"]["code"] == "draining"
+    assert stack.query("SELECT FROM ledger.hold WHERE tenant_id = $1", project.namespace) == []
 
 
 def test_without_the_ledgers_answer_nothing_is_sent(stack: Stack) -> None:

@@ -77,8 +77,7 @@ class ChatCompletions:
         context = context_of(scope)
         headers = scope["headers"]
         caller = caller_of(gateway, context, headers, time.time())
-        if gateway.draining:
-            raise Draining("this process is going away; ask again", retry_after_s=1)
+        _refuse_draining(gateway)
         project = project_of(gateway, caller, context)
         session = session_of(caller, [value for name, value in headers if name == b"x-session-id"])
         if project.require_session and session == NO_SESSION:
@@ -153,6 +152,7 @@ class ChatCompletions:
     ) -> Conduct:
         """Begin to give the answer."""
         gateway, context = self._gateway, call.context
+        _refuse_draining(gateway)  # its body, or its turn in its thread, may have taken until now
         model = self._model_for(found, request)
         input_count = count_input(request, model.counter, model.facts)
         hold = plan(request, model.facts, model.rates, input_count, upstream_streams=_streams(model))
@@ -196,6 +196,11 @@ class ChatCompletions:
         gateway = self._gateway
         facts = _facts(found)
         return _Model(found, _rates(gateway, found, request, facts), facts, counter_for(found.upstream_name))
+
+
+def _refuse_draining(gateway: Gateway) -> None:
+    if gateway.draining:
+        raise Draining("this process is going away; ask again", retry_after_s=1)
 
 
 async def _send(send: Any, client: ClientStream, answer: Respond | Fail | None) -> None:
