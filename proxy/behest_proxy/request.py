@@ -298,7 +298,8 @@ def _texts(request: ChatRequest) -> Iterator[str]:
             yield message.content
         elif message.content is not None:
             for part in message.content:
-                yield part.text or part.refusal or ""
+                yield part.text or ""
+                yield part.refusal or ""
         for text in (message.name, message.refusal):
             if text:
                 yield text

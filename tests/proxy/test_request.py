@@ -226,6 +226,17 @@ def test_tools_are_part_of_the_input() -> None:
     assert with_tools.bound_tokens > with_tools.best_tokens
 
 
+@pytest.mark.parametrize("kind", ["text", "refusal"])
+def test_all_text_of_a_part_is_counted_whatever_its_type(kind: str) -> None:
+    def counted(**members: str) -> int:
+        part = {"type": kind, **members}
+        return count_input(parsed(messages=[{"role": "assistant", "content": [part]}]), EXACT, UNKNOWN).bound_tokens
+
+    long = "The heron waits. " * 100
+    assert counted(text="x", refusal=long) > counted(refusal=long) >= counted() + 400
+    assert counted(text=long, refusal="x") > counted(text=long)
+
+
 IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://x/heron.png"}}]}]
 
 
