@@ -17,6 +17,7 @@ from behest_proxy.app.conduct import Conduct
 from behest_proxy.app.context import RequestContext
 from behest_proxy.app.generation import Generation
 from behest_proxy.app.memory import Memory
+from behest_proxy.app.report import NoReport
 from behest_proxy.errors import LedgerUnavailable
 from behest_proxy.exchange import Exchange
 from behest_proxy.sse import DONE
@@ -103,7 +104,19 @@ class _Gateway:
         self.asked.append(answer)
 
 
-async def _streaming(client: _Client | Generation) -> tuple[_Gateway, Conduct]:
+class _Report(NoReport):
+    """Notes whether a first byte was told of."""
+
+    def __init__(self) -> None:
+        self.first_bytes = 0
+
+    def first_byte(self) -> None:
+        self.first_bytes += 1
+
+
+async def _streaming(
+    client: _Client | Generation, *, status: int = 200, report: NoReport | None = None
+) -> tuple[_Gateway, Conduct]:
     """A stream of up to sixteen tokens whose provider has begun to answer."""
     gateway = _Gateway()
     terms = Terms(
@@ -118,10 +131,11 @@ async def _streaming(client: _Client | Generation) -> tuple[_Gateway, Conduct]:
     conduct = gateway.conduct = Conduct(
         cast(Any, gateway), admission=admission, rates=RATES, trace=trace, exchange=lambda grant: Exchange(terms),
         upstream_request=lambda grant: cast(Any, None), client=cast(Any, client), context=RequestContext(()),
+        report=report,
     )  # fmt: skip
     await conduct.admit()
     conduct.on_request_sent()
-    conduct.on_head(200, [(b"content-type", b"text/event-stream")])
+    conduct.on_head(status, [(b"content-type", b"text/event-stream")])
     return gateway, conduct
 
 
@@ -154,6 +168,20 @@ def test_a_grant_that_reaches_a_holder_after_its_deadline_passes_nothing_on() ->
         assert (settlement.outcome, settlement.output_tokens) == ("ledger_unavailable", 10)
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(("status", "told"), [(200, 1), (429, 0)])
+def test_only_a_successful_answer_has_a_first_byte(status: int, told: int) -> None:
+    """Else a crash in the middle of a refusal's body would charge the input."""
+    report = _Report()
+
+    async def main() -> None:
+        _, conduct = await _streaming(_Client(), status=status, report=report)
+        conduct.on_data(CHUNK % b"~")
+        conduct.on_data(CHUNK % b"~")
+
+    asyncio.run(main())
+    assert report.first_bytes == told
 
 
 class _Clock:

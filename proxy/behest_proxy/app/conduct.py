@@ -212,7 +212,7 @@ class Conduct:
         if not self._gateway.holder.lives:
             self._gateway.lose_all()
             return
-        if self._first_byte_s is None:
+        if self._first_byte_s is None and exchange.phase is not Phase.REFUSED:
             self._first_byte_s = now_s
             self._trace.first_byte()
             # Once more, so that no later chunk is asked whether it is the first.
