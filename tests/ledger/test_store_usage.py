@@ -23,7 +23,7 @@ LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
 FAR_AHEAD = datetime(2100, 1, 1, tzinfo=UTC)
 BEGIN, END = datetime(2025, 10, 20, tzinfo=UTC), datetime(2025, 11, 8, tzinfo=UTC)
 """The end of summer time in Europe and in America is between them."""
-SUMS, REACH = usage.CHECKS
+SUMS, REACH, ALONE = usage.CHECKS
 ZONES = ["UTC", "Europe/Berlin", "America/New_York", "Asia/Kathmandu", "Australia/Lord_Howe", "Asia/Kolkata"]
 
 
@@ -101,6 +101,50 @@ def test_of_many_sessions_those_that_cost_most_are_told(dsn: str, monkeypatch: p
             await add_all(books)
 
     keep_books(dsn, work)
+
+
+def test_a_session_is_alone_until_it_has_another_hour_and_is_counted_once_beside_what_is_new(database: str) -> None:
+    async def work(books: Books) -> None:
+        async def later(session: str, hours: int) -> None:
+            """A request of a session that ended so many hours from now, as its row says: not settled as it is."""
+            await books.connection.execute(
+                "INSERT INTO ledger.request SELECT tenant_id, month, gen_random_uuid(), project_id, namespace, user_id,"
+                " $1, model, attributes, outcome, source, 1, 1, 1000, price_key, byok, facts, admitted_at,"
+                " ended_at + make_interval(hours => $2) FROM ledger.request ORDER BY ended_at LIMIT 1", session, hours,
+            )  # fmt: skip
+
+        async def alone() -> set[str]:
+            rows = await books.connection.fetch("SELECT name FROM ledger.usage_sum WHERE alone AND whose = '*'")
+            return {row["name"] for row in rows}
+
+        async def told() -> list[tuple[str, int]]:
+            found = await totals_of(books)
+            assert found.sessions_number == len(found.sessions)
+            return [(one.name, one.requests) for one in found.sessions]
+
+        await spend(books, 5, session="short")
+        await later("twice at once", 0)
+        await later("twice at once", 3)
+        await later("long", 0)
+        await add_all(books)
+        assert await alone() == {"short", "long"}
+        await later("long", 0)  # in the same hour: it stays one row
+        await later("new", 0)
+        # Above the mark: beside a row that is alone, and a session that has none.
+        assert await told() == [("long", 2), ("twice at once", 2), ("new", 1), ("short", 1)]
+        await add_all(books)
+        assert await alone() == {"short", "long", "new"}
+        await later("long", 0)
+        await later("long", 2)  # both at once: the row that is there, and another
+        await later("new", -800)  # another hour alone, and another month's
+        assert await told() == [("long", 4), ("new", 2), ("twice at once", 2), ("short", 1)]
+        await add_all(books)
+        assert await alone() == {"short"}
+        assert await told() == [("long", 4), ("new", 2), ("twice at once", 2), ("short", 1)]
+        assert await books.connection.fetch(usage.CHECKS[ALONE]) == []
+        assert await books.connection.fetch(usage.CHECKS[SUMS]) == []
+
+    keep_books(database, work, clean=False)
 
 
 class Row(NamedTuple):
@@ -216,6 +260,8 @@ def test_whatever_is_summed_already_every_question_is_the_sum_of_its_requests(
         ]  # fmt: skip
         totals = await usage_totals(connection, **asked)
         assert {(one.name[:100], one.byok): one.amount_pico for one in totals.sessions} == dict(sessions)
+        numbers = Counter(byok for _, byok in sessions)
+        assert (totals.sessions_number, totals.byok_sessions_number) == (numbers[False], numbers[True])
         for name, value in (("requests", "requests"), ("output_tokens", "output"), ("amount_pico", "amount")):
             assert sum(getattr(one, name) for one in totals.models) == sum(sums[value] for sums in expected.values())
 
@@ -339,6 +385,11 @@ def test_a_question_reads_indexes_and_of_the_requests_next_to_none(database: str
     asyncio.run(main())
 
 
+_ANOTHER_HOUR = """
+INSERT INTO ledger.usage_sum
+SELECT tenant_id, month, project_id, kind, whose, begins_at - interval '1 hour', name, byok, 0, 0, 0, 0
+FROM ledger.usage_sum WHERE kind = 'session' AND alone
+"""
 # Each row: a change behind the ledger's back, the check that must notice, and a part of the place that is named.
 CHANGES = [
     ("UPDATE ledger.usage_sum SET requests = requests + 1 WHERE kind = 'minute' AND whose = '*'", SUMS, "all users"),
@@ -355,6 +406,7 @@ CHANGES = [
     ("UPDATE ledger.seal_progress SET rolled_until = 1", SUMS, "all users"),
     ("UPDATE ledger.seal_progress SET rolled_until = sealed_until + 1", REACH, "seal_progress"),
     ("UPDATE ledger.seal_progress SET rolled_to = rolled_to - interval '1 us'", REACH, "seal_progress"),
+    (_ANOTHER_HOUR, ALONE, "s1, of demo/shop"),
 ]
 
 

@@ -157,5 +157,12 @@ CHECKS: dict[str, str] = {
         FROM ledger.seal_progress p
         CROSS JOIN LATERAL (SELECT max(x.ended_at) AS ended_at FROM ledger.request x WHERE x.tx < p.rolled_until) AS r
         WHERE p.rolled_until > p.sealed_until OR r.ended_at > p.rolled_to""",
+    "a session's sum that says it is the only one is": """
+        SELECT concat_ws(', ', 'session', nullif(name, ''), CASE WHEN byok THEN 'with a key of their own' END,
+                         'of ' || project_id,
+                         CASE WHEN whose = '*' THEN 'all users' ELSE 'user ' || substr(whose, 2) END),
+               'one', count(*)::text
+        FROM ledger.usage_sum WHERE kind = 'session' GROUP BY tenant_id, project_id, whose, name, byok
+        HAVING count(*) > 1 AND bool_or(alone)""",
 }
 """Sentence -> query of (place, expected, found) that returns no row when the sentence is true."""
