@@ -118,7 +118,7 @@ check: $(VENV)/.installed-dev ## lint, format, types, architecture, tests: what 
 	$(BIN)/lint-imports
 	$(BIN)/python -Im pytest -n 3 --dist loadfile $(ARGS)
 
-bench: $(VENV)/.installed-bench ## measure the figures of the README
+bench: $(VENV)/.installed-bench ## measure the figures of docs/performance.md
 	@$(BIN)/python $(BENCH) $(ARGS)
 
 soak: $(VENV)/.installed-dev ## mixed load for half an hour: memory and descriptors must come to rest (ARGS="--minutes 30")

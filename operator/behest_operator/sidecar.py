@@ -73,7 +73,7 @@ def patch(pod: Pod, *, namespace: str, template: Template) -> Patch:
     if metadata.get("labels", {}).get(INJECT_LABEL) != "true":
         return []
     wishes = wishes_of(metadata.get("annotations") or {})
-    _check(pod, wishes)
+    _check(pod, wishes, namespace)
     settings = _Settings.of(template, wishes)
     wanted: dict[str, Any] = {
         "/metadata/annotations": _annotations(metadata, template),
@@ -123,8 +123,13 @@ class _Settings(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-def _check(pod: Pod, wishes: Wishes) -> None:
+def _check(pod: Pod, wishes: Wishes, namespace: str) -> None:
     spec = pod.get("spec", {})
+    if wishes.project is not None and wishes.project.rpartition("/")[0] not in ("", namespace):
+        raise PodRefused(
+            f"the annotation behest.ai/project must name a Project of this namespace ({namespace}),"
+            f" not {wishes.project}"
+        )
     if spec.get("hostNetwork"):
         raise PodRefused(
             "the pod uses the host's network, where every process of the node could spend its budget:"

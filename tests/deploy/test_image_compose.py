@@ -96,6 +96,14 @@ def test_the_images_are_those_of_the_chart() -> None:
     assert values["database"]["trial"]["image"] in SERVICES["postgres"]["image"]
 
 
+def test_every_service_has_a_limit_of_memory_as_in_the_chart() -> None:
+    values = yaml.safe_load((ROOT / "deploy" / "helm" / "behest" / "values.yaml").read_text())
+    limits = {name: service["mem_limit"].replace("m", "Mi").replace("g", "Gi") for name, service in SERVICES.items()}
+    resources = {"postgres": values["database"]["trial"]["resources"], "gateway": values["gateway"]["resources"]}
+    for name, limit in limits.items():
+        assert limit == resources.get(name, values["operator"]["resources"])["limits"]["memory"], name
+
+
 def test_the_demo_is_valid_and_finds_its_simulator() -> None:
     specs = [item.spec for item in parse((COMPOSE / "demo.yaml").read_text())]
     (upstream,) = (spec for spec in specs if isinstance(spec, UpstreamSpec))

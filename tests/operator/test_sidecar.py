@@ -113,6 +113,7 @@ def test_the_sidecar_says_whose_workload_it_serves() -> None:
         ({"nodeSelector": {"kubernetes.io/os": "windows"}}, "is for windows"),
         ({"containers": [{"name": "behest", "image": "x"}]}, "container named behest of its own"),
         ({"annotations": {}}, "behest.ai/project is missing"),
+        ({"annotations": {"behest.ai/project": "other/shop"}}, r"of this namespace \(demo\), not other/shop"),
         ({"annotations": {"behest.ai/project": "shop", "behest.ai/containers": "web"}}, "names web, which the pod"),
         ({"annotations": {"behest.ai/project": "shop", "behest.ai/port": "8079"}}, "ports of the sidecar must differ"),
     ],
@@ -120,6 +121,11 @@ def test_the_sidecar_says_whose_workload_it_serves() -> None:
 def test_a_pod_that_cannot_have_a_sidecar_is_refused_with_the_reason(change: dict[str, Any], reason: str) -> None:
     with pytest.raises(PodRefused, match=reason):
         patch(pod(**change), namespace="demo", template=TEMPLATE)
+
+
+def test_a_project_of_the_pods_own_namespace_may_be_named_with_it() -> None:
+    found = injected(pod(annotations={"behest.ai/project": "demo/shop"}))["spec"]["initContainers"][0]
+    assert environment(found)["BEHEST_WORKLOAD_PROJECT"] == "demo/shop"
 
 
 BAD_VALUES = {

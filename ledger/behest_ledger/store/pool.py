@@ -22,7 +22,7 @@ Pooler = Literal["none", "transaction", "session"]
 """What is between here and the server: PgBouncer's `pool_mode`."""
 
 POOL_SIZE = 2
-"""Connections per sidecar. The documented ceiling of a cluster is sidecars x 2."""
+"""Connections for requests. What each process holds besides is in docs/database.md."""
 CONNECT_TIMEOUT_S = 5
 _STATEMENTS_KEPT = 100
 COMMAND_TIMEOUT_S = 5.0
