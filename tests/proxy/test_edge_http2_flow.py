@@ -79,6 +79,24 @@ def test_one_large_write_is_no_reason_to_cut_a_client_that_reads(loop: str) -> N
     run(main(), loop=loop)
 
 
+def test_a_client_that_allows_large_frames_does_not_make_us_fill_its_socket_beyond_the_bound() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        stream = stream_of(scope)
+        stream.begin(200, [])
+        stream.write(b"x" * 2**24)
+        stream.end()
+
+    async def main() -> None:
+        async with running(application(app)) as server, raw_h2(server.port, window=2**24) as client:
+            client.machine.update_settings({h2.settings.SettingCodes.MAX_FRAME_SIZE: 2**24 - 1})
+            client.open_window(2**24)
+            got = await client.get()
+            assert (got.ended, len(got.body), client.closed) == (True, 2**24, False)
+            assert got.frames >= 2**24 // 16_384
+
+    run(main())
+
+
 @LOOPS
 def test_send_waits_for_a_client_that_does_not_read_and_costs_nothing_meanwhile(loop: str) -> None:
     sent = 0

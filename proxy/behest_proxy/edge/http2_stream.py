@@ -20,6 +20,10 @@ from behest_proxy.edge.served import ServedRequest
 if TYPE_CHECKING:
     from behest_proxy.edge.http2 import Http2Connection
 
+FRAME_BYTES_MAX = 16_384
+"""Of a frame's payload. Every client takes so much (RFC 9113, 4.2). Whoever allows more would get all of a large write
+at once, whatever the socket takes, and those bytes would be counted against it as answers that it does not read."""
+
 
 class Http2Stream(ServedRequest):
     """A stream of an `Http2Connection`.
@@ -62,7 +66,7 @@ class Http2Stream(ServedRequest):
             self.paused
             or size > window.outbound_flow_control_window
             or size > machine.outbound_flow_control_window
-            or size > machine.max_outbound_frame_size
+            or size > FRAME_BYTES_MAX
         ):
             self._write_later(data)
             return
@@ -102,14 +106,14 @@ class Http2Stream(ServedRequest):
         return True
 
     def _send_piece(self) -> bool:
-        """Send one frame of what waits, as large as frame size and both windows allow."""
+        """Send one frame of what waits, as large as both windows allow."""
         machine = self._machine
         window = self._window
         size = min(
             len(self._pending),
             window.outbound_flow_control_window,
             machine.outbound_flow_control_window,
-            machine.max_outbound_frame_size,
+            FRAME_BYTES_MAX,
         )
         if size <= 0:
             return False
