@@ -1,5 +1,6 @@
 """Who may call, with everything real: keys that tenants register, hosts that name projects, what is suspended."""
 
+import asyncio
 import contextlib
 import textwrap
 import threading
@@ -7,6 +8,7 @@ import time
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,6 +16,9 @@ import jwt
 import pytest
 
 from behest_ledger.store.configuration import apply_text
+from behest_proxy.app.asgi import client_app
+from behest_proxy.app.gateway import Gateway
+from behest_proxy.app.settings import Settings
 from behest_proxy.identity.keys import KeySet, SigningKey
 from stack import Project, Stack, wait_until
 
@@ -284,6 +289,29 @@ def test_an_external_issuers_user_may_call_and_a_stranger_may_not(stack: Stack, 
         issued(project, iss="x"),
     ):
         assert answer_to(stack, wrong).status_code == 401
+    assert issuer.asked == 1
+
+
+def test_on_the_pods_own_loopback_an_issuers_keys_are_fetched_too_and_no_address_is_counted(
+    stack: Stack, issuer: Issuer, tmp_path: Path
+) -> None:
+    issuer.document = key_set(BACKEND)
+    project = trusting(stack, issuer)
+    key_file = tmp_path / "signing.pem"
+    key_file.write_bytes(stack.signing_key.private_pem())
+
+    async def scenario() -> list[int]:
+        gateway = Gateway(Settings(database_url=stack.dsn, signing_key_file=key_file, address_rate=0.2))
+        await gateway.start()
+        transport = httpx.ASGITransport(client_app(gateway, by_pod=True))
+        headers = {"Authorization": f"Bearer {issued(project)}"}
+        try:
+            async with httpx.AsyncClient(transport=transport, base_url="http://pod", headers=headers) as client:
+                return [(await client.get("/v1/models")).status_code for _ in range(3)]
+        finally:
+            await gateway.aclose()
+
+    assert asyncio.run(scenario()) == [200, 200, 200]
     assert issuer.asked == 1
 
 

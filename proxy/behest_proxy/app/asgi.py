@@ -49,7 +49,7 @@ def client_app(gateway: Gateway, *, by_pod: bool = False) -> Any:
         redirect_slashes=False,
     )
     gateway.telemetry.know_routes(route.path for route in app.routes if isinstance(route, Route))
-    return Border(app, may_read=gateway.may_read, door=None if by_pod else gateway.door, telling=gateway.telemetry)
+    return Border(app, may_read=gateway.may_read, door=gateway.door, by_pod=by_pod, telling=gateway.telemetry)
 
 
 def admin_app(gateway: Gateway) -> Any:

@@ -46,13 +46,20 @@ class Border:
     """Wraps an ASGI application."""
 
     def __init__(
-        self, app: Any, *, may_read: Callable[[str], bool], door: Door | None = None, telling: Telling | None = None
+        self,
+        app: Any,
+        *,
+        may_read: Callable[[str], bool],
+        door: Door,
+        by_pod: bool = False,
+        telling: Telling | None = None,
     ) -> None:
         """`may_read` tells whether any project allows an origin; the endpoint narrows it to the caller's project.
 
-        No door: this border is on the pod's own loopback.
+        `by_pod`: this border is on the pod's own loopback.
         """
         self._door = door
+        self._by_pod = by_pod
         self._telling = telling
         self._app = app
         self._may_read = may_read
@@ -62,7 +69,7 @@ class Border:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        context = RequestContext(scope["headers"], by_pod=self._door is None)
+        context = RequestContext(scope["headers"], by_pod=self._by_pod)
         scope["behest"] = context
         if self._telling is None:
             await self._serve(scope, receive, send, context)
@@ -75,7 +82,7 @@ class Border:
 
     async def _serve(self, scope: Any, receive: Any, send: Any, context: RequestContext) -> None:
         scope["app"] = self  # with it the router raises what it cannot route, instead of answering itself
-        if self._door is not None:
+        if not self._by_pod:
             context.host_project = self._door.project_at(context.host)
         if context.origin and scope["path"] not in _NO_CORS:
             origin, project = context.origin.decode("latin-1"), context.host_project
@@ -97,8 +104,7 @@ class Border:
             await send(message)
 
         try:
-            if self._door is not None:
-                await self._door.enter(scope, context)
+            await self._door.enter(scope, context)
             await self._app(scope, receive, send_with_headers)
         except ShownError as error:
             if begun:
