@@ -20,7 +20,7 @@ from behest_proxy.app.messages import ClientLeftError, json_response, read_body
 from behest_proxy.errors import LedgerUnavailable
 from behest_proxy.identity.bearer import bearer_of
 from behest_proxy.identity.mint import BODY_BYTES_MAX, mint, parse_mint
-from behest_proxy.identity.session import NO_SESSION, session_of
+from behest_proxy.identity.session import session_of
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -80,7 +80,7 @@ class Endpoints:
             "namespace": project.namespace,
             "project": project.project_id,
             "user": caller.user_id,
-            "session": session or NO_SESSION,
+            "session": session,
             "tier": tier.name if tier is not None else "",
         }
         try:
