@@ -45,6 +45,9 @@ def test_a_client_that_asks_for_a_stream_gets_one(project: Project) -> None:
     seen = wait_until(lambda: project.stack.sim_request(row["request_id"]), what="the call")
     assert seen["body"]["stream"] is False
     assert "stream_options" not in seen["body"]
+    # What the client can decode is not what we can.
+    headers = {name.lower(): value for name, value in seen["headers"].items()}
+    assert headers["accept-encoding"] == "identity"
 
 
 def test_a_client_that_asks_for_the_whole_gets_it(project: Project) -> None:

@@ -387,6 +387,8 @@ def _upstream_request(
     headers = [
         (b"content-type", b"application/json"),
         (b"accept", b"text/event-stream" if _streams(model) else b"application/json"),
+        # Without it a provider may answer in any coding (RFC 9110, section 12.5.3), and nobody here undoes one.
+        (b"accept-encoding", b"identity"),
         (b"user-agent", b"behest"),
         (b"x-request-id", str(context.request_id).encode()),
         *context.call_headers(),
