@@ -292,6 +292,7 @@ def test_the_sidecar_is_configured_by_its_environment(bench: Bench) -> None:
     assert f"http://{seen['BEHEST_ADMIN_BIND']}" == ready["admin_url"]
     assert seen["BEHEST_SIGNING_KEY_FILE"] == str(bench.data / "keys" / "signing.pem")
     assert seen["BEHEST_JOURNAL_DIR"] == str(bench.data / "journal")
+    assert seen["BEHEST_PROVIDER_KEY_ENV"] == "*", "an Upstream may name any key of whoever started all this"
     assert "BEHEST_TLS_CERT_FILE" not in seen
     end(process)
 
