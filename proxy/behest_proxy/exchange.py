@@ -436,11 +436,14 @@ class Exchange:
         return True
 
     def _take_waiting_usage(self) -> None:
-        """A provider's usage counts also where it waits behind text that cannot be paid for any more."""
+        """A provider's usage counts also where it waits behind text that cannot be paid for any more: for the input.
+
+        Of the output no more is charged than the client got.
+        """
         for payload in self._pending:
             with suppress(ChunkError):
                 if self._take_usage(decode(payload)):
-                    self._usage.limit_output(self._meter.credit_tokens)
+                    self._usage.limit_output(self._meter.output + self._meter.reasoning)
         self._pending = []
 
     def _hand_over(self, payloads: list[bytes], now_s: float) -> list[Action]:

@@ -92,7 +92,7 @@ class UsageState:
             self._output, self._reasoning = output, reasoning
 
     def limit_output(self, tokens: int) -> None:
-        """Where the report came with text that nobody could pay for: what is above the hold is not charged."""
+        """Where the report came with text that nobody could pay for, and that was not passed on."""
         if self.counts.output_tokens > tokens:
             self.counts, self.members = self.counts.with_output_at_most(tokens), None
 

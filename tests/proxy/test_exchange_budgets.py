@@ -378,12 +378,13 @@ def test_the_callers_own_limit_is_an_ordinary_end() -> None:
     )
 
 
-@pytest.mark.parametrize(("told", "charged"), [(20, 20), (150, 100)])
+@pytest.mark.parametrize(("told", "charged"), [(39, 39), (141, 40)])
 @pytest.mark.parametrize(("end", "outcome"), [(credited(QUOTA), QUOTA_EXCEEDED), (gone(), CANCELLED)])
-def test_usage_that_waits_behind_text_nobody_paid_for_is_charged_as_far_as_it_was_held(
+def test_usage_that_waits_behind_text_nobody_paid_for_is_charged_as_far_as_that_was_passed_on(
     end: Event, outcome: Outcome, told: int, charged: int
 ) -> None:
     under = streaming(100)
+    fed(under, data_event(text("a" * 40)), 0.0)
     fed(under, data_event(text("a" * 101)) + data_event(finish()) + data_event(chunk(usage=usage(5000, told))), 0.0)
     *_, settle = end(under)
     assert settle == Settled(outcome, "provider", 5000, charged)
