@@ -341,7 +341,8 @@ SUSPENSE_AGE = _gauge(
     "behest.ledger.suspense_age", "s", "How long the first of them has waited; 0: there is none.", (), "keeper"
 )
 KEEPER_ROUNDS = _counter(
-    "behest.keeper.rounds", "{round}", "The keeper's rounds: `worked`, `stood_by` (another one works) or `failed`.",
+    "behest.keeper.rounds", "{round}",
+    "The keeper's rounds: `worked`, `stood_by` (another one works) or `failed` (a step, or all of it).",
     (RESULT,), teller="keeper",
 )  # fmt: skip
 KEEPER_DURATION = _histogram(
