@@ -176,8 +176,9 @@ def kept(told: Told, dsn: str, folder: Path) -> Generator[Keeper]:
             asyncio.run(execute(dsn, "ALTER TABLE ledger.request DROP CONSTRAINT nothing_any_more"))
             keeper.has_said("were charged by policy hold")
             keeper.has_said("threads that were not used for their time")
+            wait_until(lambda: CHARGED in page_of(address), what="the keeper's count of what it charged")
             yield keeper
-            keeper.page = httpx.get(f"http://{address}/metrics").text
+            keeper.page = page_of(address)
             child.terminate()
             child.wait(20)
         # A `/` in a password, not encoded: what reads the URL takes the part before it for a port, and would say so.
@@ -186,6 +187,13 @@ def kept(told: Told, dsn: str, folder: Path) -> Generator[Keeper]:
         broken = dsn.replace(password, password[:-1] + "/" + password[-1:])
         ended = subprocess.run([*keep, "--database-url", broken], capture_output=True, text=True, timeout=30)
         keeper.refused = f"{ended.returncode} {ended.stdout}{ended.stderr}"
+
+
+CHARGED = "behest_keeper_policy_charges_total 1.0"
+
+
+def page_of(address: str) -> str:
+    return httpx.get(f"http://{address}/metrics").text
 
 
 async def left_to_do(dsn: str, row: str) -> None:
@@ -305,7 +313,7 @@ def test_the_keeper_did_everything_and_told_no_secret(told: Told) -> None:
     for did in ("is dead: fenced", "went to suspense", "alerted", "is not permitted to log in"):
         assert did in log, log
     assert leaks(told, log) == []
-    assert "behest_keeper_policy_charges_total 1.0" in told.keeper.page
+    assert CHARGED in told.keeper.page
     assert leaks(told, told.keeper.page) == []
     assert "behest.keeper.policy_charges" in told.keeper.received.metrics()
     assert leaks(told, "\n".join(raw.decode("latin-1") for raw in told.keeper.received.raw)) == []
