@@ -16,8 +16,10 @@ _RESET_AT_ONCE = struct.pack("ii", 1, 0)
 class Cutter:
     """Where it listens, and how often it has cut. Connections after the last cut are left alone."""
 
-    def __init__(self, target: tuple[str, int], cuts: Iterable[int]) -> None:
+    def __init__(self, target: tuple[str, int], cuts: Iterable[int], *, is_noticed: bool) -> None:
         self.target = target
+        self.is_noticed = is_noticed
+        """By the server. Otherwise it says all that it has to say, to nobody."""
         self.base_url = ""
         self.done = 0
         self._cuts = list(cuts)
@@ -56,6 +58,9 @@ class _Handler(socketserver.BaseRequestHandler):
 
     def _break(self, client: socket.socket, server: socket.socket) -> None:
         self.cutter.done += 1
+        said = b""
+        while not self.cutter.is_noticed and not said.endswith(b"0\r\n\r\n"):
+            said = said[-5:] + server.recv(65536)
         # What was passed on still arrives; the server sees a reset.
         client.shutdown(socket.SHUT_WR)
         server.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_AT_ONCE)
@@ -70,12 +75,12 @@ class _Server(socketserver.ThreadingTCPServer):
 
 
 @contextmanager
-def cutting(base_url: str, cuts: Iterable[int]) -> Generator[Cutter]:
+def cutting(base_url: str, cuts: Iterable[int], *, is_noticed: bool = True) -> Generator[Cutter]:
     """A broken network before the server of this URL."""
     parts = urlsplit(base_url)
     assert parts.hostname is not None
     assert parts.port is not None
-    cutter = Cutter((parts.hostname, parts.port), cuts)
+    cutter = Cutter((parts.hostname, parts.port), cuts, is_noticed=is_noticed)
     handler = type("Handler", (_Handler,), {"cutter": cutter})
     with _Server(("127.0.0.1", 0), handler) as server:
         cutter.base_url = f"http://127.0.0.1:{server.server_address[1]}"

@@ -47,3 +47,24 @@ def test_the_text_of_a_stream_that_is_cut_many_times_is_the_text_of_one_that_is_
     assert [message.role for message in messages] == ["user", "assistant"]
     charged = [row["output_tokens"] for row in project.settled(number=2) if row["session_id"] == "cut"]
     assert TOKENS <= sum(charged) <= TOKENS + len(charged), charged
+
+
+@pytest.mark.usefixtures("hasty")
+def test_an_answer_that_was_lost_before_its_first_chunk_is_charged_once(project: Project) -> None:
+    with BehestSync(key=project.api_key, base_url=project.stack.base_url, http_client=sync_http()) as behest:
+        token = behest.auth.mint(session_id="lost").value
+    with (
+        cutting(project.stack.base_url, [1], is_noticed=False) as network,
+        BehestSync(key=project.api_key, base_url=network.base_url, http_client=sync_http()) as behest,
+    ):
+        stream = behest.chat.completions.create(
+            messages=QUESTION, stream=True, extra_body={"sim": {"output_tokens": 9}}, token=token, thread_id="t-lost"
+        )
+        for _ in stream:
+            pass
+        wait_until(lambda: behest.threads.messages("t-lost", token=token)[-1].content == stream.text)
+        messages = behest.threads.messages("t-lost", token=token)
+    assert network.done == 1
+    assert [message.role for message in messages] == ["user", "assistant"]
+    charged = [row["output_tokens"] for row in project.settled() if row["session_id"] == "lost"]
+    assert charged == [9]

@@ -27,7 +27,7 @@ class ChatStream(StreamState):
     """
 
     def __init__(
-        self, connect: Callable[[ChatCall, str | None], Awaitable[httpx2.Response]], call: ChatCall, retries: Retries
+        self, connect: Callable[[ChatCall], Awaitable[httpx2.Response]], call: ChatCall, retries: Retries
     ) -> None:
         """Made by the client: `await behest.chat.completions.create(..., stream=True)`."""
         super().__init__(call, retries)
@@ -103,7 +103,7 @@ class ChatStream(StreamState):
                     pass
 
     async def _connected(self) -> None:
-        self._answer = await self._connect(self._call, self._reply.last_event_id)
+        self._answer = await self._connect(self._next_call())
         self._body = self._answer.aiter_bytes()
         self._begun(self._answer.headers)
 

@@ -251,11 +251,9 @@ def mint_request(settings: Settings, identity: Identity, session_id: str) -> Par
     )
 
 
-def chat_request(settings: Settings, call: ChatCall, token: str, *, last_event_id: str | None = None) -> Parts:
-    """Asks for a completion, or for what comes behind this event."""
+def chat_request(settings: Settings, call: ChatCall, token: str) -> Parts:
+    """Asks for a completion."""
     headers = {**headers_of(token, call.whom), **call.headers}
-    if last_event_id is not None:
-        headers["last-event-id"] = last_event_id
     return Parts(method="POST", url=settings.base_url + "/v1/chat/completions", headers=headers, content=call.body)
 
 

@@ -6,6 +6,8 @@ __all__ = ["BACKOFF_S", "Retries"]
 
 BACKOFF_S = (0.5, 1.0, 2.0)
 RETRIES_DEFAULT = len(BACKOFF_S)
+IN_PROGRESS = "in_progress"
+"""The code of the 409 that says: another sidecar still carries out the call of this key."""
 WAIT_MAX_S = 30.0
 """Nobody is kept waiting for longer: a limit per day can say hours."""
 
@@ -42,6 +44,8 @@ def _wait_s(failure: BehestError, failed: int, *, is_safe: bool) -> float | None
         return None if failure.retry_after is None else float(failure.retry_after)
     if isinstance(failure, BehestConnectionError):
         return backoff_s if is_safe or not failure.request_sent else None
+    if failure.code == IN_PROGRESS:
+        return max(backoff_s, float(failure.retry_after or 0))
     if isinstance(failure, BehestServerError):
         return max(backoff_s, float(failure.retry_after or 0)) if is_safe else None
     return None

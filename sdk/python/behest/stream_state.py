@@ -2,13 +2,15 @@
 
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import replace
+from uuid import uuid4
 
 from openai.types.chat import ChatCompletionChunk
 
 from behest.calls import ChatCall
 from behest.errors import BehestConnectionError, BehestError
 from behest.reply import Reply
-from behest.retries import Retries
+from behest.retries import IN_PROGRESS, Retries
 
 __all__ = ["StreamState"]
 
@@ -20,6 +22,8 @@ class StreamState:
         self._call = call
         self._retries = retries
         self._reply = Reply(choices=call.choices, wants_usage=call.wants_usage, last_event_id=call.last_event_id)
+        # Until the first event there is no place to name: the key is what makes a repeated call the same call.
+        self._key = str(uuid4()) if call.has_thread and not call.has_key else None
         self._pending: deque[ChatCompletionChunk] = deque()
         self._headers: Mapping[str, str] | None = None
         """Of the last answer; None: there was none yet."""
@@ -48,6 +52,15 @@ class StreamState:
         """The id of the (last) request's trace."""
         return self._headers.get("x-trace-id") if self._headers is not None else None
 
+    def _next_call(self) -> ChatCall:
+        """The call as the next connection makes it: behind the last event that came, or under the key."""
+        last_event_id = self._reply.last_event_id
+        if last_event_id is not None:
+            more = {"last-event-id": last_event_id}
+        else:
+            more = {"idempotency-key": self._key} if self._key is not None else {}
+        return replace(self._call, headers={**self._call.headers, **more})
+
     def _begun(self, headers: Mapping[str, str]) -> None:
         self._headers = headers
         self._reply.connected(headers)
@@ -73,6 +86,9 @@ class StreamState:
             self._is_ended = True
             failure.partial_text = self._reply.text
             raise failure
+        # What was answered was a call, and the next one is another; but for one that another sidecar still carries out.
+        if self._key is not None and failure.status is not None and failure.code != IN_PROGRESS:
+            self._key = str(uuid4())
         return wait_s
 
     def _may_repeat(self, failure: BehestError) -> bool:

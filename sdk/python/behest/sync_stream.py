@@ -23,9 +23,7 @@ class ChatStreamSync(StreamState):
     `thread_id` a connection that is cut is made again, and the text goes on without gap or repetition.
     """
 
-    def __init__(
-        self, connect: Callable[[ChatCall, str | None], httpx2.Response], call: ChatCall, retries: Retries
-    ) -> None:
+    def __init__(self, connect: Callable[[ChatCall], httpx2.Response], call: ChatCall, retries: Retries) -> None:
         """Made by the client: `behest.chat.completions.create(..., stream=True)`."""
         super().__init__(call, retries)
         self._connect = connect
@@ -94,7 +92,7 @@ class ChatStreamSync(StreamState):
             reply.ended(f"{type(error).__name__}: {error}".rstrip(": "))
 
     def _connected(self) -> None:
-        self._answer = self._connect(self._call, self._reply.last_event_id)
+        self._answer = self._connect(self._next_call())
         self._body = self._answer.iter_bytes()
         self._begun(self._answer.headers)
 

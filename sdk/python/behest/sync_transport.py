@@ -99,11 +99,10 @@ class SyncTransport:
             self._patience(request, call.timeout_s)
             return self._asked(request, is_safe=call.has_key)
 
-    def connect(self, call: ChatCall, last_event_id: str | None) -> httpx2.Response:
-        """Begin a stream, or go on with it behind this event. Raises `BehestError` where the answer is none."""
+    def connect(self, call: ChatCall) -> httpx2.Response:
+        """Begin a stream, or go on with it. Raises `BehestError` where the answer is none."""
         with self._believed(call.whom) as token:
-            parts = chat_request(self.settings, call, token, last_event_id=last_event_id)
-            request = self._http.build_request(**parts)
+            request = self._http.build_request(**chat_request(self.settings, call, token))
             self._patience(request, call.timeout_s or self._idle_timeout_s)
             return self._sent(request, is_stream=True)
 

@@ -31,6 +31,12 @@ def test_what_another_try_cannot_help_is_not_tried_again(error: type[BehestError
     assert Retries().wait_s(error("no", retry_after=1), is_safe=True) is None
 
 
+def test_a_call_whose_key_is_under_way_elsewhere_is_tried_again_when_the_gateway_says() -> None:
+    running = BehestConflictError("runs", code="in_progress", retry_after=1, may_retry=True)
+    retries = Retries()
+    assert [retries.wait_s(running, is_safe=True) for _ in range(4)] == [1.0, 1.0, 2.0, None]
+
+
 def test_networks_and_servers_are_tried_again_after_half_a_second_one_and_two() -> None:
     for failure in (BehestConnectionError("cut"), BehestServerError("bad", status=502)):
         retries = Retries()

@@ -54,11 +54,12 @@ class Told:
 Tell = Callable[..., Told]
 
 
-def _tell(how: str, gateway: Gateway, **options: Any) -> Told:
+def _tell(how: str, gateway: Gateway, max_retries: int = 3, **options: Any) -> Told:
     told = Told()
+    where: dict[str, Any] = {"key": API_KEY, "base_url": gateway.base_url, "max_retries": max_retries}
 
     async def read() -> None:
-        async with Behest(key=API_KEY, base_url=gateway.base_url, http_client=async_http()) as client:
+        async with Behest(**where, http_client=async_http()) as client:
             told.stream = await client.chat.completions.create(messages=QUESTION, stream=True, **options)
             async for chunk in told.stream:
                 told.take(chunk)
@@ -67,7 +68,7 @@ def _tell(how: str, gateway: Gateway, **options: Any) -> Told:
         if how == "async":
             asyncio.run(read())
         else:
-            with BehestSync(key=API_KEY, base_url=gateway.base_url, http_client=sync_http()) as client:
+            with BehestSync(**where, http_client=sync_http()) as client:
                 told.stream = client.chat.completions.create(messages=QUESTION, stream=True, **options)
                 for chunk in told.stream:
                     told.take(chunk)
@@ -201,6 +202,50 @@ def test_without_ids_or_without_a_thread_nothing_is_tried_again(
     gateway.plays(stream(word("a", 1), end="cut"))
     assert type(tell().error) is BehestConnectionError
     assert waits == []
+
+
+def test_until_a_thread_s_first_event_comes_a_key_makes_the_repeated_call_the_same_call(
+    gateway: Gateway, tell: Tell, waits: list[float]
+) -> None:
+    gateway.plays(
+        stream(end="cut"),
+        stream(b": alive\n\n", end="cut"),
+        stream(word("a", 1), end="cut"),
+        stream(word("b", 2), FINISH, DONE),
+    )
+    assert tell(thread_id="t1").text == "ab"
+    keys = [seen.headers.get("idempotency-key") for seen in gateway.seen]
+    assert keys[0]
+    assert keys == [keys[0]] * 3 + [None]
+    gateway.plays(stream(FINISH, DONE))
+    tell(thread_id="t1")
+    assert gateway.seen[-1].headers["idempotency-key"] != keys[0], "another call"
+
+
+def test_a_call_that_was_refused_is_another_one_when_it_is_made_again_but_for_one_that_runs_still(
+    gateway: Gateway, tell: Tell, waits: list[float]
+) -> None:
+    gateway.plays(
+        stream(end="cut"),
+        refusal(409, "in_progress", headers={"retry-after": "1", "x-should-retry": "true"}),
+        refusal(503, "draining"),
+        stream(terminal(502, "upstream_error")),
+        stream(word("a", 1), FINISH, DONE),
+    )
+    told = tell(thread_id="t1", max_retries=4)
+    assert (told.error, told.text, waits) == (None, "a", [0.5, 1.0, 2.0, 2.0])
+    first, second, third, fourth, fifth = [seen.headers["idempotency-key"] for seen in gateway.seen]
+    assert first == second == third
+    assert len({third, fourth, fifth}) == 3
+
+
+def test_a_key_is_made_only_where_one_helps(gateway: Gateway, tell: Tell, waits: list[float]) -> None:
+    whole = stream(word("a", 3), FINISH, DONE)
+    gateway.plays(whole, whole, stream(word("a", 1), end="cut"), refusal(503, "draining"), whole)
+    tell()
+    tell(thread_id="t1", last_event_id="g-2")
+    tell(thread_id="t1", idempotency_key="mine")
+    assert [seen.headers.get("idempotency-key") for seen in gateway.seen] == [None, None, "mine", "mine", "mine"]
 
 
 def test_a_stream_that_never_comes_back_ends_with_the_last_error(
