@@ -65,8 +65,6 @@ from behest_proxy.usage import UsageState, as_openai
 from behest_proxy.whole import WholeFramer
 
 FINISH_REASON_CHARS_MAX = 40
-_EVENT_STREAM = (b"text/event-stream", "event stream")
-_JSON = (b"application/json", "JSON")
 
 _Ending = Callable[[float], list[Action]]
 """A way to end, given the time at which it comes to it."""
@@ -192,9 +190,8 @@ class Exchange:
         if not 200 <= status < 300:
             self.phase = Phase.REFUSED
             return []
-        wanted, called = _EVENT_STREAM if self._terms.upstream_streams else _JSON
-        if not dict(headers).get(b"content-type", wanted).lower().startswith(wanted):
-            error = provider_errors.ProviderRefused(f"the provider's answer is no {called}")
+        error = provider_errors.unreadable(headers, streams=self._terms.upstream_streams)
+        if error is not None:
             return self._end(Outcome.UPSTREAM_ERROR, now_s, error)
         self.phase = Phase.STREAMING
         if self._terms.streamed:

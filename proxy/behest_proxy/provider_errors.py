@@ -16,6 +16,8 @@ ERROR_BODY_BYTES_MAX = 64 * 1024
 RETRY_AFTER_S_MAX = 3600
 _RETRY_AFTER_DIGITS_MAX = 9
 _MESSAGE_CHARS_MAX = 500
+_EVENT_STREAM = (b"text/event-stream", "event stream")
+_JSON = (b"application/json", "JSON")
 _TIMEOUTS = ("connect_timeout", "first_byte_timeout", "idle_timeout")
 
 
@@ -37,6 +39,17 @@ class PassedThrough(msgspec.Struct, frozen=True):
 
     status: int
     body: bytes
+
+
+def unreadable(headers: Sequence[tuple[bytes, bytes]], *, streams: bool) -> ProviderRefused | None:
+    """Why a successful answer with this head cannot be read; None: it can. What has no content type is believed."""
+    told = dict(headers)
+    wanted, called = _EVENT_STREAM if streams else _JSON
+    if not told.get(b"content-type", wanted).lower().startswith(wanted):
+        return ProviderRefused(f"the provider's answer is no {called}")
+    if told.get(b"content-encoding", b"").strip().lower() not in (b"", b"identity"):
+        return ProviderRefused("the provider's answer is compressed, though it was asked not to be")
+    return None
 
 
 def refused(status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> ShownError | PassedThrough:

@@ -19,6 +19,7 @@ from proxy.scripts import (
     BROKEN,
     CANCEL,
     COMPLETED,
+    EVENT_STREAM,
     FINISHED,
     JSON,
     Cut,
@@ -131,11 +132,14 @@ def test_more_choices_than_anybody_asks_for_break_the_stream() -> None:
     )
 
 
-def test_a_page_instead_of_a_stream_is_an_error_before_the_first_byte() -> None:
+@pytest.mark.parametrize(
+    "headers", [[(b"content-type", b"text/html")], [*EVENT_STREAM, (b"content-encoding", b"gzip")]]
+)
+def test_a_page_or_a_compressed_answer_instead_of_a_stream_is_an_error_before_the_first_byte(headers: Any) -> None:
     play(
         calling(),
         (
-            head(200, [(b"content-type", b"text/html")]),
+            head(200, headers),
             [CANCEL, Failed(502, "server_error"), Settled(BROKEN, "none")],
         ),
         (raw(b"<html>"), []),
@@ -143,8 +147,9 @@ def test_a_page_instead_of_a_stream_is_an_error_before_the_first_byte() -> None:
     )
 
 
-def test_a_stream_without_a_content_type_is_believed() -> None:
-    play(calling(), (head(200, []), [Begin()]))
+@pytest.mark.parametrize("headers", [[], [*EVENT_STREAM, (b"content-encoding", b"Identity")]])
+def test_a_stream_without_a_content_type_or_with_no_coding_is_believed(headers: Any) -> None:
+    play(calling(), (head(200, headers), [Begin()]))
 
 
 @pytest.mark.parametrize("status", [400, 404, 409, 413, 422])
