@@ -85,8 +85,8 @@ export async function* streamWithRetry(
       if (isFatal(error) || !(error instanceof BehestError) || failed >= attempts) throw error;
       const delayMs = waitMs(error, failed, random);
       failed += 1;
-      // An answer with a status was an answer: the next call is another one.
-      if (error.status !== undefined) key = newKey();
+      // An answer with a status was an answer: the next call is another one. "It runs elsewhere" was none yet.
+      if (error.status !== undefined && error.code !== "in_progress") key = newKey();
       onReconnect?.({ attempt: failed, delayMs, error });
       await sleep(delayMs, request.signal);
     }

@@ -119,6 +119,15 @@ describe("streamWithRetry", () => {
     expect([second, third, fourth === first, fifth]).toEqual([first, first, false, null]);
   });
 
+  it.each([undefined, "the-callers-own"])("asks under the same key (%s) while its first call runs elsewhere", async (idempotencyKey) => {
+    const network: Answer = () => { throw new TypeError("fetch failed"); };
+    const elsewhere = failed(409, "in_progress", { "retry-after": "1" });
+    const played = await play([network, elsewhere, stream([event(chunk("a", "stop")), DONE])], idempotencyKey ? { idempotencyKey } : {});
+    expect([played.text, played.waits]).toEqual(["a", [500, 1000]]);
+    const keys = played.gateway.seen.map((seen) => seen.headers.get("idempotency-key"));
+    expect(keys).toEqual(Array(3).fill(idempotencyKey ?? keys[0]));
+  });
+
   it("tells what it does", async () => {
     const told: string[] = [];
     await play([stream([], "error"), stream([event(chunk("a", "stop")), DONE])], {
