@@ -67,6 +67,7 @@ export class Typewriter {
 
   /** No more comes: kept when all is shown. */
   finish(): Promise<void> {
+    if (isHidden()) this.flush(); // the page was hidden after the last push: no frame may ever come
     if (this.#length === 0) return Promise.resolve();
     this.#finishRate = Math.max(RATE_MIN, (this.#length / FINISH_MS) * 1000);
     return new Promise((resolve) => this.#waiting.push(resolve));

@@ -130,6 +130,14 @@ describe("a typewriter", () => {
     expect(hidden.text).toBe("at once");
   });
 
+  it("is done at once where nobody looks any more: no frame comes then", async () => {
+    const screen = new Screen();
+    screen.typewriter.push("seen by nobody");
+    vi.stubGlobal("document", { visibilityState: "hidden" });
+    await screen.typewriter.finish();
+    expect([screen.text, screen.typewriter.pending]).toEqual(["seen by nobody", 0]);
+  });
+
   it("takes a timer where there are no frames", async () => {
     let text = "";
     const typewriter = new Typewriter({ onText: (piece) => (text += piece) });
