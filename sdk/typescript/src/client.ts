@@ -1,7 +1,7 @@
 /** The client: chat, threads, usage, budgets, models, in browsers and on servers. */
 
 import { BehestConfigError, BehestConnectionError, BehestError, isRecord } from "./errors.js";
-import { send, sleep, type HttpSettings } from "./http.js";
+import { jsonOf, send, sleep, type HttpSettings, type Read } from "./http.js";
 import { TokenSigner } from "./signing.js";
 import { ChatStream } from "./stream.js";
 import { GivenToken, KeptTokens, providedTokens, type Token, type TokenAnswer, type TokenSource, type Who } from "./tokens.js";
@@ -42,9 +42,9 @@ export interface BehestOptions {
   audience?: string | undefined;
   /** Sent with every call. */
   defaultHeaders?: HeadersInit | undefined;
-  /** Further tries of a call that failed before its first byte (default 2). */
+  /** Further tries of a call that failed before its first byte (default 2), where that cannot be charged twice. */
   maxRetries?: number | undefined;
-  /** Milliseconds until the head of an answer (default 10 minutes). */
+  /** Milliseconds until an answer is here whole, or the head of a stream (default 10 minutes). */
   timeoutMs?: number | undefined;
   /** Milliseconds without a byte until a stream is taken for dead (default 60 000). */
   idleTimeoutMs?: number | undefined;
@@ -65,7 +65,7 @@ export interface RequestOptions {
   threadId?: string | undefined;
   /** Sent as `Last-Event-ID`: the answer begins behind that event. */
   lastEventId?: string | undefined;
-  /** Sent as `Idempotency-Key`: the same key and body are billed once. */
+  /** Sent as `Idempotency-Key`: the same key and body are billed once, and so repeated also after the network failed. */
   idempotencyKey?: string | undefined;
 }
 
@@ -114,12 +114,12 @@ export class Behest {
   }
 
   /** @internal One call of an endpoint, with a token; a token that is refused is renewed once. */
-  async request(call: Call, options: RequestOptions = {}): Promise<Response> {
+  async request<T>(call: Call, options: RequestOptions, read: Read<T>): Promise<T> {
     const who = call.who ?? {};
     for (let renewed = false; ; renewed = true) {
       const token = await this.tokens.get(who);
       try {
-        return await this.#send(call, token, options);
+        return await this.#send(call, token, options, read);
       } catch (error) {
         const refused = error instanceof BehestError && error.status === 401 && error.code === "invalid_token";
         if (renewed || !refused || !this.tokens.drop(who, token.token)) throw error;
@@ -128,14 +128,10 @@ export class Behest {
   }
 
   /** @internal The JSON of an endpoint. */
-  async json<T>(call: Call, options?: RequestOptions): Promise<T> {
-    const response = await this.request(call, options);
-    try {
-      return (await response.json()) as T;
-    } catch (cause) {
-      const where = `${call.method} ${call.path}`;
-      throw new BehestConnectionError(`The answer of ${where} is not JSON.`, { code: "bad_answer", cause });
-    }
+  async json<T>(call: Call, options: RequestOptions = {}): Promise<T> {
+    const answer = jsonOf(await this.request(call, options, textOf));
+    if (answer !== undefined) return answer as T;
+    throw new BehestConnectionError(`The answer of ${call.method} ${call.path} is not JSON.`, { code: "bad_answer" });
   }
 
   /** @internal */
@@ -143,7 +139,7 @@ export class Behest {
     return this.#options.idleTimeoutMs ?? 60_000;
   }
 
-  #send(call: Call, token: Token, options: RequestOptions): Promise<Response> {
+  #send<T>(call: Call, token: Token, options: RequestOptions, read: Read<T>): Promise<T> {
     const headers = new Headers(this.#options.defaultHeaders);
     headers.set("authorization", `Bearer ${token.token}`);
     headers.set("accept", "application/json, text/event-stream");
@@ -159,10 +155,12 @@ export class Behest {
         headers,
         body: call.body === undefined ? undefined : JSON.stringify(call.body),
         signal: options.signal,
+        isSafe: call.method === "GET" || headers.has("idempotency-key"),
         retries: options.maxRetries ?? this.#options.maxRetries ?? 2,
         timeoutMs: options.timeoutMs ?? this.#options.timeoutMs ?? 600_000,
       },
       this.#http,
+      read,
     );
   }
 
@@ -230,7 +228,7 @@ export class Behest {
     const tier = this.#tier(who);
     const sessionId = who.sessionId ?? this.#options.sessionId;
     const ttl = this.#ttl();
-    const response = await send(
+    const text = await send(
       {
         method: "POST",
         url: `${this.baseURL}/v1/auth/mint`,
@@ -241,12 +239,14 @@ export class Behest {
           ...(sessionId === undefined ? {} : { session_id: sessionId }),
           ...(tier === undefined ? {} : { tier }),
         }),
+        isSafe: true,
         retries: this.#options.maxRetries ?? 2,
         timeoutMs: 30_000,
       },
       this.#http,
+      textOf,
     );
-    const answer: unknown = await response.json().catch(() => undefined);
+    const answer = jsonOf(text);
     if (!isRecord(answer) || typeof answer["jwt"] !== "string") {
       throw new BehestConnectionError("The mint endpoint answered without a token.", { code: "bad_answer" });
     }
@@ -281,8 +281,11 @@ export class Completions {
     const who: Who = { userId: params.user_id, sessionId: params.session_id, tier: params.tier };
     const call = { method: "POST", path: "/v1/chat/completions", body, who, headers } as const;
     if (!params.stream) return this.#client.json<ChatCompletion>(call, options);
-    return new ChatStream(await this.#client.request(call, options), {
-      signal: options.signal,
+    const abandon = new AbortController();
+    const signal = options.signal ? AbortSignal.any([options.signal, abandon.signal]) : abandon.signal;
+    return new ChatStream(await this.#client.request(call, { ...options, signal }, (response) => response), {
+      abandon,
+      signal,
       withUsage: params.stream_options?.include_usage === true,
       choices: params.n ?? 1,
       idleTimeoutMs: this.#client.idleTimeoutMs,
@@ -330,7 +333,7 @@ export class Threads {
 
   /** Really deletes it. */
   async delete(id: string, params?: For, options?: RequestOptions): Promise<void> {
-    await this.#client.request({ method: "DELETE", path: threadPath(id), who: whoOf(params) }, options);
+    await this.#client.request({ method: "DELETE", path: threadPath(id), who: whoOf(params) }, options ?? {}, textOf);
   }
 }
 
@@ -385,6 +388,10 @@ export class Models {
     const call = { method: "GET", path: "/v1/models", who: whoOf(params) } as const;
     return (await this.#client.json<{ data: Model[] }>(call, options)).data;
   }
+}
+
+function textOf(response: Response): Promise<string> {
+  return response.text();
 }
 
 function query(members: Record<string, string | number | Date | undefined>): string {

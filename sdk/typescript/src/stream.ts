@@ -9,7 +9,10 @@ import { SseParser, type SseEvent } from "./sse.js";
 import type { ChatCompletionChunk } from "./types.js";
 
 export interface StreamSettings {
-  signal?: AbortSignal | undefined;
+  /** Cancels the request. */
+  abandon: AbortController;
+  /** The signal of the request: the caller's own, and that of `abandon`. */
+  signal: AbortSignal;
   /** Give also chunks without choices, such as the one with usage. */
   withUsage: boolean;
   /** How many choices were asked for: so many must finish where there is no `[DONE]`. */
@@ -27,9 +30,9 @@ export class ChatStream implements AsyncIterable<ChatCompletionChunk> {
   /** The id of the last event that was given to the loop: what a resuming call names as `Last-Event-ID`. */
   lastEventId = "";
 
-  readonly #body: ReadableStream<Uint8Array>;
+  /** The answer, not its body alone: Node cancels a body that is not read yet when its answer is held by nobody. */
+  readonly #response: Response;
   readonly #settings: StreamSettings;
-  readonly #abandon = new AbortController();
   #used = false;
   #ended = false;
 
@@ -40,18 +43,18 @@ export class ChatStream implements AsyncIterable<ChatCompletionChunk> {
     this.requestId = facts.requestId;
     this.#settings = settings;
     if (!response.body) throw new BehestConnectionError("The answer has no body.", { code: "stream_cut", ...facts });
-    this.#body = response.body;
+    this.#response = response;
   }
 
   /** Cancel the request. A loop over this stream ends with an `AbortError`. */
   abort(): void {
-    this.#abandon.abort();
+    this.#settings.abandon.abort();
   }
 
   async *[Symbol.asyncIterator](): AsyncGenerator<ChatCompletionChunk, void, undefined> {
     if (this.#used) throw new BehestConnectionError("A stream can be read once.", { code: "stream_used" });
     this.#used = true;
-    const reader = this.#body.getReader();
+    const reader = (this.#response.body as ReadableStream<Uint8Array>).getReader();
     const parser = new SseParser();
     const open = new OpenChoices(this.#settings.choices);
     try {
@@ -59,7 +62,8 @@ export class ChatStream implements AsyncIterable<ChatCompletionChunk> {
         const bytes = await this.#read(reader);
         if (bytes === undefined) break;
         for (const event of parser.push(bytes)) {
-          if (this.#aborted) throw new BehestAbortError(this.#settings.signal);
+          const { signal } = this.#settings;
+          if (signal.aborted) throw new BehestAbortError(signal);
           if (event.data === "[DONE]") {
             this.#ended = true;
             return;
@@ -79,19 +83,14 @@ export class ChatStream implements AsyncIterable<ChatCompletionChunk> {
     }
   }
 
-  get #aborted(): boolean {
-    return this.#abandon.signal.aborted || this.#settings.signal?.aborted === true;
-  }
-
   async #read(reader: ReadableStreamDefaultReader<Uint8Array>): Promise<Uint8Array | undefined> {
     const { signal, idleTimeoutMs } = this.#settings;
-    if (this.#aborted) throw new BehestAbortError(signal);
+    if (signal.aborted) throw new BehestAbortError(signal);
     let interrupt: () => void = () => undefined;
     let timer: ReturnType<typeof setTimeout> | undefined;
     const interrupted = new Promise<"aborted" | "idle">((resolve) => {
       interrupt = (): void => resolve("aborted");
-      signal?.addEventListener("abort", interrupt, { once: true });
-      this.#abandon.signal.addEventListener("abort", interrupt, { once: true });
+      signal.addEventListener("abort", interrupt, { once: true });
       timer = setTimeout(() => resolve("idle"), idleTimeoutMs);
     });
     try {
@@ -101,12 +100,11 @@ export class ChatStream implements AsyncIterable<ChatCompletionChunk> {
       return result.done ? undefined : result.value;
     } catch (cause) {
       if (cause instanceof BehestAbortError || cause instanceof BehestConnectionError) throw cause;
-      if (this.#aborted) throw new BehestAbortError(signal);
+      if (signal.aborted) throw new BehestAbortError(signal);
       throw this.#cut(`The connection broke: ${reasonOf(cause)}`, cause);
     } finally {
       clearTimeout(timer);
-      signal?.removeEventListener("abort", interrupt);
-      this.#abandon.signal.removeEventListener("abort", interrupt);
+      signal.removeEventListener("abort", interrupt);
     }
   }
 

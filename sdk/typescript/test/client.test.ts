@@ -1,3 +1,10 @@
+import { once } from "node:events";
+import { createServer } from "node:http";
+import type { AddressInfo } from "node:net";
+import { setTimeout as sleep } from "node:timers/promises";
+import { setFlagsFromString } from "node:v8";
+import { runInNewContext } from "node:vm";
+
 import { afterEach, describe, expect, it, vi } from "vitest";
 
 import Default, {
@@ -25,6 +32,21 @@ async function textOf(chunks: AsyncIterable<ChatCompletionChunk>): Promise<strin
   let text = "";
   for await (const piece of chunks) text += piece.choices[0]?.delta.content ?? "";
   return text;
+}
+
+/** A network that fails as Node's `fetch` tells it; browsers' tell no more than that. */
+function network(code?: string): Answer {
+  return () => {
+    throw new TypeError("fetch failed", code === undefined ? undefined : { cause: Object.assign(new Error(`connect ${code}`), { code }) });
+  };
+}
+
+/** An answer whose body never ends. */
+function stalled(status: number): Answer {
+  return (seen, signal) => {
+    const { body } = stream(["{"], "never")(seen, signal) as Response;
+    return new Response(body, { status });
+  };
 }
 
 async function failure(work: Promise<unknown>): Promise<BehestError> {
@@ -176,6 +198,48 @@ describe("errors", () => {
   });
 });
 
+it("a stream that is read late is still there: Node cancels the body of an answer that nobody holds", async () => {
+  setFlagsFromString("--expose-gc");
+  const collect = runInNewContext("gc") as () => void;
+  const server = createServer((_request, response) => {
+    response.writeHead(200, { "content-type": "text/event-stream" }).write(event(chunk("a")));
+    setTimeout(() => response.end(event(chunk("b", "stop")) + DONE), 100);
+  });
+  await once(server.listen(0, "127.0.0.1"), "listening");
+  try {
+    const behest = new Behest({ baseURL: `http://127.0.0.1:${(server.address() as AddressInfo).port}`, apiKey: TOKEN });
+    const made = await behest.chat.completions.create({ messages, stream: true });
+    for (let round = 0; round < 3; round++) {
+      await sleep(10);
+      collect();
+    }
+    expect(await textOf(made)).toBe("ab");
+  } finally {
+    server.close().closeAllConnections();
+  }
+});
+
+describe("a whole answer", () => {
+  it("that stalls is late", async () => {
+    const ask = (status: number): Promise<unknown> => client(new Gateway(stalled(status)), { timeoutMs: 20 }).chat.completions.create({ messages });
+    expect(await failure(ask(200))).toMatchObject({ name: "BehestConnectionError", code: "timeout" });
+    expect(await failure(ask(503))).toMatchObject({ name: "BehestServerError", status: 503 }); // its head said enough
+  });
+
+  it("that breaks is a network error, and another try may be whole", async () => {
+    const breaks = stream(['{"data": ['], "error");
+    expect(await failure(client(new Gateway(breaks)).models.list())).toMatchObject({ name: "BehestConnectionError", code: "connection_error" });
+    const again = client(new Gateway(breaks, json(200, { data: [{ id: "m" }] })), { maxRetries: 1 });
+    expect(await again.models.list()).toEqual([{ id: "m" }]);
+  });
+
+  it("that is no JSON is a bad one, and is not asked for again", async () => {
+    const gateway = new Gateway(stream(["<html>"]));
+    expect(await failure(client(gateway, { maxRetries: 1 }).models.list())).toMatchObject({ name: "BehestConnectionError", code: "bad_answer" });
+    expect(gateway.seen.length).toBe(1);
+  });
+});
+
 describe("aborting", () => {
   it("is an AbortError before the head", async () => {
     const abort = new AbortController();
@@ -227,6 +291,38 @@ describe("aborting", () => {
     expect((await failure(textOf(made))).name).toBe("TimeoutError");
   });
 
+  it.each(["before the loop", "inside of the loop"])("of the stream, %s, cancels the request though nobody waits for it", async (when) => {
+    let signalled: AbortSignal | null = null;
+    const answer: Answer = (seen, signal) => {
+      signalled = signal;
+      return stream([event(chunk("a"))], "never")(seen, signal);
+    };
+    const made = await client(new Gateway(answer)).chat.completions.create({ messages, stream: true });
+    const isCancelled = (): boolean => (signalled as AbortSignal | null)?.aborted === true;
+    if (when === "before the loop") {
+      made.abort();
+      expect(isCancelled()).toBe(true);
+    }
+    const error = await failure(
+      (async () => {
+        for await (const _ of made) {
+          made.abort();
+          expect(isCancelled()).toBe(true);
+        }
+      })(),
+    );
+    expect(error.name).toBe("AbortError");
+  });
+
+  it("is an AbortError inside of a whole answer, and of an error's", async () => {
+    for (const status of [200, 503]) {
+      const abort = new AbortController();
+      const work = client(new Gateway(stalled(status))).chat.completions.create({ messages }, { signal: abort.signal });
+      setTimeout(() => abort.abort(), 5);
+      expect(await failure(work)).toMatchObject({ name: "AbortError" });
+    }
+  });
+
   it("leaving the loop cancels the request", async () => {
     let cancelled = false;
     const answer: Answer = () => new Response(new ReadableStream({ pull: (controller) => controller.enqueue(new TextEncoder().encode(event(chunk("a")))), cancel: () => void (cancelled = true) }));
@@ -247,11 +343,35 @@ describe("trying again", () => {
     ["402", failed(402, "quota_exceeded"), 1],
     ["409", failed(409, "conflict"), 1],
     ["409 in progress", failed(409, "in_progress", { "retry-after": "0" }), 2],
-    ["the network", () => { throw new TypeError("fetch failed"); }, 2],
+    ["a proxy's page", () => new Response("<html>Gateway timeout</html>", { status: 504 }), 1],
+    ["the network", network(), 1],
+    ["the network, before anything was sent", network("ECONNREFUSED"), 2],
+    ["the network, after it", network("ECONNRESET"), 1],
   ] as const)("%s", async (_name, answer, calls) => {
     const gateway = new Gateway(answer, whole);
     await client(gateway, { maxRetries: 1 }).chat.completions.create({ messages }).catch(() => undefined);
     expect(gateway.seen.length).toBe(calls);
+  });
+
+  it.each([
+    ["reading", "the network", (behest: Behest) => behest.threads.list(), network(), 2],
+    ["reading", "a proxy's page", (behest: Behest) => behest.threads.list(), () => new Response("", { status: 502 }), 2],
+    ["deleting", "the network", (behest: Behest) => behest.threads.delete("t"), network(), 1],
+    ["asking under a key", "the network", (behest: Behest) => behest.chat.completions.create({ messages }, { idempotencyKey: "k" }), network(), 2],
+    ["asking under a key in a header", "the network", (behest: Behest) => behest.chat.completions.create({ messages }, { headers: { "Idempotency-Key": "k" } }), network(), 2],
+    ["asking under a key", "a late answer", (behest: Behest) => behest.chat.completions.create({ messages }, { idempotencyKey: "k" }), stalled(200), 2],
+    ["asking", "a late answer", (behest: Behest) => behest.chat.completions.create({ messages }), stalled(200), 1],
+    ["a stream", "the network", (behest: Behest) => behest.chat.completions.create({ messages, stream: true }), network(), 1],
+  ] as const)("%s, %s: what could be paid twice is not repeated", async (_call, _failure, work, answer, calls) => {
+    const gateway = new Gateway(answer, whole);
+    await work(client(gateway, { maxRetries: 1, timeoutMs: 20 })).catch(() => undefined);
+    expect(gateway.seen.length).toBe(calls);
+  });
+
+  it("a mint is repeated", async () => {
+    const gateway = new Gateway(network(), minted(), json(200, { data: [] }));
+    await client(gateway, { apiKey: "behest_sk_live_" + "0".repeat(32), maxRetries: 1 }).models.list();
+    expect(gateway.seen.map((seen) => seen.path)).toEqual(["/v1/auth/mint", "/v1/auth/mint", "/v1/models"]);
   });
 
   it("waits as long as it is told", async () => {
