@@ -65,6 +65,7 @@ down: ## stop what `make up` started; the data stay
 	@if [ -x $(BIN)/behest ]; then exec $(BIN)/behest down $(ARGS); else echo "Nothing was ever started here."; fi
 
 chat: examples/chat/node_modules/.made ## serve the chat of examples/chat, beside a running `make up` (needs node and npm)
+	@cd sdk/typescript && npm run --silent build
 	@cd examples/chat && exec node server.mjs
 
 install-dev: $(VENV)/.installed-dev ## make .venv with everything that the tests and checks need
@@ -163,11 +164,11 @@ $(VENV)/.installed-bench: $(VENV)/.made pyproject.toml sdk/python/pyproject.toml
 	$(call install,dev$(comma)bench,$@,-e ./sdk/python)
 	@touch $(VENV)/.installed-up $(VENV)/.installed-dev
 
-# The client is a folder of this checkout: it is built first.
+# The client is a folder of this checkout, linked here: `chat` builds it anew each time, from what it is then.
 examples/chat/node_modules/.made: examples/chat/package-lock.json sdk/typescript/package-lock.json
 	@command -v npm >/dev/null || { echo "behest: npm was not found: install Node.js 20.19 or newer" >&2; exit 1; }
 	@echo "Installing the chat's packages (the first time takes a minute) ..."
-	@cd sdk/typescript && npm ci --silent --ignore-scripts && npm run --silent build
+	@cd sdk/typescript && npm ci --silent --ignore-scripts
 	@cd examples/chat && npm ci --silent --ignore-scripts
 	@touch $@
 

@@ -137,6 +137,20 @@ def test_tests_run_isolated_from_the_working_folder(machine: Machine) -> None:
     assert command.endswith(" -k budget")
 
 
+def test_the_chat_runs_on_the_client_as_it_is_now(machine: Machine) -> None:
+    for folder in ("sdk/typescript", "examples/chat/node_modules"):
+        (machine.checkout / folder).mkdir(parents=True)
+    for folder in ("sdk/typescript", "examples/chat"):
+        (machine.checkout / folder / "package-lock.json").write_text("{}")
+    machine.program("npm", '#!/bin/sh\necho "npm $1 $2 in ${PWD##*/}"\n')
+    machine.program("node", '#!/bin/sh\necho "node $1 in ${PWD##*/}"\n')
+    built = ["npm run --silent in typescript", "node server.mjs in chat"]
+    first, again = (machine.make("chat") for _ in range(2))
+    assert (first.returncode, again.returncode) == (0, 0), first.stderr + again.stderr
+    assert first.stdout.splitlines()[1:] == ["npm ci --silent in typescript", "npm ci --silent in chat", *built]
+    assert again.stdout.splitlines() == built
+
+
 def test_a_failing_network_is_named_and_tried_again_next_time(machine: Machine) -> None:
     machine.python("python3", pip=1)
     for _ in range(2):
