@@ -30,13 +30,15 @@ class TokenCounts(msgspec.Struct, frozen=True, kw_only=True):
         """All tokens that came out, of whatever class."""
         return self.output + self.reasoning + self.audio_output
 
-    def with_output_at_most(self, tokens: int) -> "TokenCounts":
-        """The same, with output left out above so many tokens of whatever class: the hidden ones last."""
-        left, kept = tokens, dict[str, int]()
-        for name in ("reasoning", "audio_output", "output"):
-            kept[name] = min(left, getattr(self, name))
-            left -= kept[name]
-        return msgspec.structs.replace(self, **kept)
+    def at_most(self, *, input_tokens: int, output_tokens: int) -> "TokenCounts":
+        """The same, without what is above so many tokens in and out; plain ones are left out first."""
+        kept = dict[str, int]()
+        for classes, most in ((INPUT_CLASSES, input_tokens), (OUTPUT_CLASSES, output_tokens)):
+            left = most
+            for name in reversed(classes):
+                kept[name] = min(left, getattr(self, name))
+                left -= kept[name]
+        return TokenCounts(**kept)
 
     def by_class(self) -> dict[str, int]:
         """The classes that hold at least one token, in the order of `TOKEN_CLASSES`."""

@@ -433,14 +433,15 @@ class Exchange:
         return True
 
     def _take_waiting_usage(self) -> None:
-        """A provider's usage counts also where it waits behind text that cannot be paid for any more: for the input.
+        """A provider's usage counts also where it waits behind text that cannot be paid for any more.
 
-        Of the output no more is charged than the client got.
+        Of the output no more is charged than the client got, and of the input what was held: that is the ceiling.
         """
+        got, held = self._meter.output + self._meter.reasoning, self._terms.input_bound_tokens
         for payload in self._pending:
             with suppress(ChunkError):
                 if self._take_usage(decode(payload)):
-                    self._usage.limit_output(self._meter.output + self._meter.reasoning)
+                    self._usage.limit(input_tokens=held, output_tokens=got)
         self._pending = []
 
     def _hand_over(self, payloads: list[bytes], now_s: float) -> list[Action]:

@@ -34,6 +34,8 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     said: Sequence[bytes] = ()
     """Chunks of earlier attempts at the same answer, which is given as a whole."""
     choices: int
+    input_bound_tokens: int
+    """What was held for the input: no tokenizer makes more of it."""
     input_counts: TokenCounts
     count: Callable[[str], int]
     """Tokens in a text."""

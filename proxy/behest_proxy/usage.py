@@ -91,10 +91,11 @@ class UsageState:
             self.seen = True
             self._output, self._reasoning = output, reasoning
 
-    def limit_output(self, tokens: int) -> None:
-        """Where the report came with text that nobody could pay for, and that was not passed on."""
-        if self.counts.output_tokens > tokens:
-            self.counts, self.members = self.counts.with_output_at_most(tokens), None
+    def limit(self, *, input_tokens: int, output_tokens: int) -> None:
+        """No more than that is charged, whatever was reported."""
+        limited = self.counts.at_most(input_tokens=input_tokens, output_tokens=output_tokens)
+        if limited != self.counts:
+            self.counts, self.members = limited, None
 
     def forwarded_since(self, *, output: int, reasoning: int) -> TokenCounts:
         """What came behind the report. Nothing, where it came last, as it should; a place holder is not all."""

@@ -59,6 +59,7 @@ def exchange(**changes: Any) -> Exchange:
         "streamed": True,
         "include_usage": False,
         "choices": 1,
+        "input_bound_tokens": 10_000,
         "input_counts": TokenCounts(input=10),
         "count": len,
         "ratio": 1.0,

@@ -120,8 +120,8 @@ async def _streaming(
     """A stream of up to sixteen tokens whose provider has begun to answer."""
     gateway = _Gateway()
     terms = Terms(
-        streamed=True, include_usage=False, choices=1, input_counts=TokenCounts(input=3), count=len, ratio=1.0,
-        amount_pico=RATES.amount_pico, metered=False,
+        streamed=True, include_usage=False, choices=1, input_bound_tokens=3, input_counts=TokenCounts(input=3),
+        count=len, ratio=1.0, amount_pico=RATES.amount_pico, metered=False,
     )  # fmt: skip
     admission = Admission(
         tenant_id="acme", request_id=UUID(int=1 << 64 | 1), holder_id=UUID(int=2), attributes={}, price_key="test",

@@ -378,16 +378,16 @@ def test_the_callers_own_limit_is_an_ordinary_end() -> None:
     )
 
 
-@pytest.mark.parametrize(("told", "charged"), [(39, 39), (141, 40)])
+@pytest.mark.parametrize(("told", "charged"), [((5000, 39), (5000, 39)), ((20_000, 141), (10_000, 40))])
 @pytest.mark.parametrize(("end", "outcome"), [(credited(QUOTA), QUOTA_EXCEEDED), (gone(), CANCELLED)])
 def test_usage_that_waits_behind_text_nobody_paid_for_is_charged_as_far_as_that_was_passed_on(
-    end: Event, outcome: Outcome, told: int, charged: int
+    end: Event, outcome: Outcome, told: tuple[int, int], charged: tuple[int, int]
 ) -> None:
     under = streaming(100)
     fed(under, data_event(text("a" * 40)), 0.0)
-    fed(under, data_event(text("a" * 101)) + data_event(finish()) + data_event(chunk(usage=usage(5000, told))), 0.0)
+    fed(under, data_event(text("a" * 101)) + data_event(finish()) + data_event(chunk(usage=usage(*told))), 0.0)
     *_, settle = end(under)
-    assert settle == Settled(outcome, "provider", 5000, charged)
+    assert settle == Settled(outcome, "provider", *charged)
 
 
 def test_hidden_output_that_was_cut_short_is_estimated_within_the_hold() -> None:

@@ -229,6 +229,7 @@ class SimulatedGateway(Gateway):
                 streamed=asked.request.stream,
                 include_usage=asked.request.include_usage,
                 choices=1,
+                input_bound_tokens=hold.input_tokens,
                 input_counts=counts,
                 count=len,
                 ratio=asked.ratio,

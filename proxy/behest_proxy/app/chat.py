@@ -362,6 +362,7 @@ def _exchange(
             kept=opened is not None,
             said=opened.said if opened is not None else (),
             choices=request.choices,
+            input_bound_tokens=hold.input_tokens,
             input_counts=TokenCounts(input=input_count.best_tokens),
             count=model.counter.count,
             ratio=model.counter.ratio,
