@@ -27,3 +27,13 @@ def test_the_classes_with_tokens_come_in_the_order_in_which_they_are_written_eve
     by_class = counts.by_class()
     assert list(by_class) == [name for name in TOKEN_CLASSES if getattr(counts, name)]
     assert TokenCounts(**by_class) == counts
+
+
+@given(COUNTS, st.integers(0, 10**9), st.integers(0, 10**9))
+def test_what_is_above_a_limit_is_left_out_and_nothing_else(
+    counts: TokenCounts, input_tokens: int, output_tokens: int
+) -> None:
+    limited = counts.at_most(input_tokens=input_tokens, output_tokens=output_tokens)
+    assert limited.input_tokens == min(counts.input_tokens, input_tokens)
+    assert limited.output_tokens == min(counts.output_tokens, output_tokens)
+    assert all(getattr(limited, name) <= getattr(counts, name) for name in TOKEN_CLASSES)
