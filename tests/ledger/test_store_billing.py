@@ -12,7 +12,7 @@ import pytest
 
 from behest_ledger.billing import BillingPeriodError, BillingRow, hours_between
 from behest_ledger.corrections import Correction
-from behest_ledger.store.billing import billing_rows, lines_query, next_query
+from behest_ledger.store.billing import billing_rows, hours_over, lines_query, next_query
 from behest_ledger.store.corrections import correct
 from behest_ledger.store.pool import connect
 from ledger.books import TENANT, Books, granted, keep_books, settlement
@@ -195,6 +195,25 @@ def test_an_hour_is_found_by_indexes_alone(dsn: str) -> None:
                     )
                 )
                 assert "Seq Scan" not in plan, plan
+
+    keep_books(dsn, work)
+
+
+@pytest.mark.parametrize(("time", "over"), [("00:00:00.4", 23), ("00:01:59.9", 23), ("00:02:00", 24), ("00:59:59", 24)])
+def test_an_hour_is_over_by_the_databases_clock_and_when_what_was_begun_in_it_is_written(
+    dsn: str, time: str, over: int
+) -> None:
+    async def work(books: Books) -> None:
+        async with connected(books) as connection:
+            transaction = connection.transaction()
+            await transaction.start()
+            await connection.execute(
+                "CREATE SCHEMA other_clock; CREATE FUNCTION other_clock.clock_timestamp() RETURNS timestamptz"
+                f" LANGUAGE sql AS $$ SELECT timestamptz '2026-04-02 {time}+00' $$;"
+                " SET LOCAL search_path = other_clock, pg_catalog"
+            )
+            assert await hours_over(connection) == datetime(2026, 4, 1, tzinfo=UTC) + over * HOUR
+            await transaction.rollback()
 
     keep_books(dsn, work)
 

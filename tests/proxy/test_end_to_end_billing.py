@@ -78,6 +78,12 @@ def test_the_sum_is_the_ledgers_by_session_or_not(project: Project, version: str
         assert {row["SkuMeter"] for row in rows} == {"Input Tokens", "Output Tokens"}
 
 
+def test_without_an_end_it_ends_with_the_last_hour_that_is_over(project: Project) -> None:
+    answer = ask(project, f"from={datetime.now(UTC) - timedelta(hours=9):%Y-%m-%dT%H:00:00Z}")
+    assert answer.status_code == 200, answer.text
+    assert len(answer.text.splitlines()) == 1, "what was spent just now is of an hour that runs"
+
+
 def test_a_project_that_changes_its_team_rewrites_no_history(project: Project) -> None:
     teams: dict[str, set[str]] = {}
     for row in bill(project, "&per_session=true"):

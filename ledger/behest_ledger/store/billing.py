@@ -5,7 +5,7 @@ follow each other have every line in exactly one of them, and their sums are the
 """
 
 from collections.abc import AsyncIterator
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 import msgspec
@@ -19,6 +19,10 @@ FETCHED_ROWS = 1000
 
 HOUR_TIMEOUT_S = 120.0
 """For the sums of one hour. They are read from the lines themselves, so a busy hour takes some seconds."""
+
+OVER_AFTER = timedelta(minutes=2)
+"""How long after its end an hour counts as over. A line bears the time at which its statement began, and is seen when
+that is committed: a settlement within `COMMAND_TIMEOUT_S`, what the keeper charges within its round of a minute."""
 
 # $1 begin, $2 end; $3 tenant and $4 project, where the bill is one project's. The requests of an hour first, then their
 # lines by key: the settings forbid to read all lines of a month for it.
@@ -63,6 +67,18 @@ def lines_query(*, of_project: bool, by_session: bool) -> str:
     )
 
 
+async def hours_over(connection: Connection) -> datetime:
+    """The end of the last hour that gets no more lines, by the database's clock, which is that of the lines.
+
+    Raises `LedgerUnavailableError`.
+    """
+    with mapped():
+        found: datetime = await connection.fetchval(
+            "SELECT date_trunc('hour', clock_timestamp() - $1::interval, 'UTC')", OVER_AFTER
+        )
+    return found
+
+
 async def billing_rows(
     connection: Connection,
     begin: datetime,
@@ -74,7 +90,8 @@ async def billing_rows(
     """What was charged in [begin, end), whole hours: pieces of at most `FETCHED_ROWS` rows, with the hour they are of.
 
     `project` is (tenant, project's id). Each hour is read as it is when it is reached, in a transaction of its own: an
-    hour that is over does not change any more, and no snapshot is held that would keep the ledger from cleaning up.
+    hour before `hours_over` does not change any more, and no snapshot is held that would keep the ledger from cleaning
+    up.
     Raises `LedgerUnavailableError`.
     """
     query = lines_query(of_project=project is not None, by_session=by_session)

@@ -4,7 +4,7 @@ import asyncio
 import re
 import time
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 from zoneinfo import ZoneInfo
 
@@ -16,9 +16,9 @@ from behest_ledger.configuration.snapshot import ProjectEntry
 from behest_ledger.focus.columns import VERSIONS, Version
 from behest_ledger.focus.csv_file import CsvFile
 from behest_ledger.focus.parquet_file import ParquetFile, ParquetMissingError
-from behest_ledger.store.billing import billing_rows
+from behest_ledger.store.billing import billing_rows, hours_over
 from behest_ledger.store.errors import LedgerError
-from behest_ledger.store.pool import open_pool
+from behest_ledger.store.pool import asking, open_pool
 from behest_proxy.app.callers import caller_of, project_of
 from behest_proxy.app.context import context_of
 from behest_proxy.app.gateway import Gateway
@@ -41,7 +41,7 @@ class BillingExport:
     async def export(self, request: Request) -> Response:
         """For the role admin. What is wrong, and a ledger that is away, is said before anything is sent."""
         project = self._asked_by(request)
-        begin, end = _period(request)
+        begin, end = await self._period(request)
         name, version, by_session = _form(request)
         try:
             file: Any = CsvFile(version) if name == "focus-csv" else ParquetFile(version)
@@ -72,6 +72,18 @@ class BillingExport:
         if not caller.has_role("admin"):
             raise Forbidden("only a token with the role admin may export the bill")
         return project
+
+    async def _period(self, request: Request) -> tuple[datetime, datetime]:
+        utc = ZoneInfo("UTC")
+        begin, end = moment_param(request, "from", utc), moment_param(request, "to", utc)
+        if begin is None or end is None:
+            try:
+                async with asking(self._gateway.pool) as connection:
+                    over = await hours_over(connection)
+            except LedgerError:
+                raise ledger_away() from None
+            begin, end = begin or over.replace(day=1, hour=0), end or over
+        return _checked(begin, end)
 
     async def _content(
         self, file: Any, project: ProjectEntry, begin: datetime, end: datetime, *, by_session: bool
@@ -116,11 +128,7 @@ def _small(rows: list[BillingRow], size: int = 100) -> list[list[BillingRow]]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
-def _period(request: Request) -> tuple[datetime, datetime]:
-    running = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
-    utc = ZoneInfo("UTC")
-    end = moment_param(request, "to", utc) or running
-    begin = moment_param(request, "from", utc) or running.replace(day=1, hour=0)
+def _checked(begin: datetime, end: datetime) -> tuple[datetime, datetime]:
     try:
         hours = hours_between(begin, end) if begin != end else 0
     except BillingPeriodError as error:

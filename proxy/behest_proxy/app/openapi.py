@@ -227,7 +227,7 @@ def _export() -> Schema:
         errors="400 429",
         parameters=(
             _query("from", _TIME_PARAMETER, "the first hour (default: the first of this month)"),
-            _query("to", _TIME_PARAMETER, "the hour after the last (default: the hour that runs)"),
+            _query("to", _TIME_PARAMETER, "the hour after the last (default: the end of the last that is over)"),
             _query("format", {"enum": list(FORMATS), "default": FORMATS[0]}, "the form of the file"),
             _query("focus_version", {"enum": list(VERSIONS), "default": VERSIONS[0]}, "of the specification"),
             _query("per_session", {"enum": ["true", "false"], "default": "false"}, "a row for each user and session"),

@@ -37,7 +37,11 @@ def add_export_parser(commands: Any) -> None:
         help="the first hour, in UTC: 2026-04-01 or 2026-04-01T08:00Z (default: the first of this month)",
     )
     parser.add_argument(
-        "--to", dest="end", type=_moment, metavar="TIME", help="the hour after the last (default: the hour that runs)"
+        "--to",
+        dest="end",
+        type=_moment,
+        metavar="TIME",
+        help="the hour after the last (default: the end of the last that is over)",
     )
     parser.add_argument("--per-session", action="store_true", help="a row for each user and session too")
     parser.add_argument(
@@ -52,9 +56,11 @@ def run_export(arguments: argparse.Namespace) -> int:
     """Run `behest ledger export`."""
     from behest_ledger.focus.parquet_file import ParquetMissingError
 
-    running = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
-    begin = arguments.begin or running.replace(day=1, hour=0)
-    end = arguments.end or running
+    dsn = dsn_from(arguments)
+    with ledger_errors_shown():
+        over = asyncio.run(_hours_over(dsn))
+    begin = arguments.begin or over.replace(day=1, hour=0)
+    end = arguments.end or over
     try:
         hours_between(begin, end)
     except BillingPeriodError as error:
@@ -64,11 +70,10 @@ def run_export(arguments: argparse.Namespace) -> int:
     except ParquetMissingError as error:
         raise UserError(str(error), "or name a .csv file") from None
     project = _project(arguments.project)
-    dsn = dsn_from(arguments)
     with ledger_errors_shown(), _opened(arguments.output) as out:
         rows = asyncio.run(_export(dsn, file, out, begin, end, project, by_session=arguments.per_session))
-    if end > running:
-        sys.stderr.write(f"note: the hour that began at {running:%H:%M} UTC is not over: more may come into it\n")
+    if end > over:
+        sys.stderr.write(f"note: the hour that began at {over:%H:%M} UTC is not over: more may come into it\n")
     if arguments.output is not None:
         sys.stderr.write(f"{rows} rows: {arguments.output}\n")
     return 0
@@ -123,6 +128,17 @@ def _opened(path: Path | None) -> Generator[BinaryIO]:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+async def _hours_over(dsn: str) -> datetime:
+    from behest_ledger.store.billing import hours_over
+    from behest_ledger.store.pool import connect
+
+    connection = await connect(dsn)
+    try:
+        return await hours_over(connection)
+    finally:
+        await connection.close()
 
 
 async def _export(
