@@ -35,11 +35,19 @@ class AsyncTransport:
     """One client's connections and tokens. For one event loop."""
 
     def __init__(
-        self, settings: Settings, http: httpx2.AsyncClient, *, retries_max: int, tokens_max: int, idle_timeout_s: float
+        self,
+        settings: Settings,
+        http: httpx2.AsyncClient,
+        *,
+        retries_max: int,
+        tokens_max: int,
+        timeout_s: float,
+        idle_timeout_s: float,
     ) -> None:
         self.settings = settings
         self._http = http
         self._retries_max = retries_max
+        self._timeout_s = timeout_s
         self._idle_timeout_s = idle_timeout_s
         self._signer = Signer(settings) if settings.mode == "signing" else None
         self._cache = TokenCache(size=tokens_max, new_session_id=lambda: str(uuid4()))
@@ -106,8 +114,10 @@ class AsyncTransport:
         """Begin a stream, or go on with it. Raises `BehestError` where the answer is none."""
         async with self._believed(call.whom) as token:
             request = self._http.build_request(**chat_request(self.settings, call, token))
-            self._patience(request, call.timeout_s or self._idle_timeout_s)
-            return await self._sent(request, is_stream=True)
+            self._patience(request, call.timeout_s or self._timeout_s)
+            answer = await self._sent(request, is_stream=True)
+            self._patience(answer.request, call.timeout_s or self._idle_timeout_s)
+            return answer
 
     @staticmethod
     def _patience(request: httpx2.Request, silence_s: float | None) -> None:

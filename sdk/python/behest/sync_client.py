@@ -197,8 +197,8 @@ class BehestSync:
     ) -> None:
         """What is not given comes from the environment: `BEHEST_KEY`, `BEHEST_BASE_URL` ... (README).
 
-        `timeout` and `idle_timeout` are seconds of silence: before a whole answer, and in a stream, where the gateway
-        is never silent for more than 15 s once the provider has begun. Raises `BehestConfigError`.
+        `timeout` and `idle_timeout` are seconds of silence: before an answer, whole or a stream, and in a stream, where
+        the gateway is never silent for more than 15 s once the provider has begun. Raises `BehestConfigError`.
         """
         settings = resolve(
             key=key,
@@ -217,7 +217,12 @@ class BehestSync:
             limits=httpx2.Limits(max_connections=CONNECTIONS_MAX, max_keepalive_connections=100),
         )
         self._transport = SyncTransport(
-            settings, http, retries_max=max_retries, tokens_max=max_tokens_kept, idle_timeout_s=idle_timeout
+            settings,
+            http,
+            retries_max=max_retries,
+            tokens_max=max_tokens_kept,
+            timeout_s=timeout,
+            idle_timeout_s=idle_timeout,
         )
         self.auth = Auth(self._transport)
         self.chat = Chat(self._transport)

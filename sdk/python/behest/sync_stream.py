@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable, Generator, Iterator
-from typing import Self
+from typing import Self, cast
 
 import httpx2
 from openai.types.chat import ChatCompletionChunk
@@ -14,6 +14,9 @@ from behest.retries import Retries
 from behest.stream_state import StreamState
 
 __all__ = ["ChatStreamSync"]
+
+DRAIN_S = 0.1
+"""The end of the body comes with `[DONE]`; a connection that makes us wait for it longer is not worth keeping."""
 
 
 class ChatStreamSync(StreamState):
@@ -78,10 +81,7 @@ class ChatStreamSync(StreamState):
                 self._connect_again(reply.failure)
                 return
             self._is_ended = True
-            # The connection can be used again only when its body was read to the end.
-            with contextlib.suppress(*NETWORK_ERRORS):
-                for _ in self._body:
-                    pass
+            self._drain()
             self._disconnect()
             return
         try:
@@ -90,6 +90,20 @@ class ChatStreamSync(StreamState):
             reply.ended()
         except NETWORK_ERRORS as error:
             reply.ended(f"{type(error).__name__}: {error}".rstrip(": "))
+
+    def _drain(self) -> None:
+        """The connection can be used again only when its body was read to the end (HTTP/2: as it is)."""
+        answer = self._answer
+        assert answer is not None
+        if answer.http_version == "HTTP/2":
+            return
+        # What reads the body now has its limit of time since it began: another one takes over where it stands.
+        answer.request.extensions["timeout"]["read"] = DRAIN_S
+        given_up_s = time.monotonic() + DRAIN_S
+        with contextlib.suppress(httpx2.StreamError, *NETWORK_ERRORS):
+            for _ in cast("httpx2.SyncByteStream", answer.stream):
+                if time.monotonic() > given_up_s:
+                    return
 
     def _connected(self) -> None:
         self._answer = self._connect(self._next_call())

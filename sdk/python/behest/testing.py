@@ -45,6 +45,8 @@ class Scripted:
     headers: Mapping[str, str] = field(default_factory=dict[str, str])
     pieces: tuple[bytes, ...] = ()
     end: End = "ended"
+    wait_s: float = 0.0
+    """Before its head."""
 
 
 @dataclass
@@ -98,6 +100,7 @@ class Gateway:
         self.mints: list[Seen] = []
         self.mint_delay_s = 0.0
         self.mint_ttl_s = 3600
+        self.connections = 0
         self.gone = threading.Event()
         """The client went away from an answer that was held open."""
         self.lock = threading.Lock()
@@ -110,6 +113,10 @@ class Gateway:
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     gateway: Gateway
+
+    def setup(self) -> None:
+        super().setup()
+        self.gateway.connections += 1
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class names it so
         pass
@@ -135,6 +142,8 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_POST = do_DELETE = _answer  # noqa: N815 - the names that the base class looks for
 
     def _send(self, answer: Scripted) -> None:
+        if answer.wait_s:
+            threading.Event().wait(answer.wait_s)
         self.send_response(answer.status)
         for name, value in answer.headers.items():
             self.send_header(name, value)

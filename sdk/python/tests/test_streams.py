@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -54,9 +55,10 @@ class Told:
 Tell = Callable[..., Told]
 
 
-def _tell(how: str, gateway: Gateway, max_retries: int = 3, **options: Any) -> Told:
+def _tell(how: str, gateway: Gateway, max_retries: int = 3, idle_timeout: float = 150.0, **options: Any) -> Told:
     told = Told()
     where: dict[str, Any] = {"key": API_KEY, "base_url": gateway.base_url, "max_retries": max_retries}
+    where["idle_timeout"] = idle_timeout
 
     async def read() -> None:
         async with Behest(**where, http_client=async_http()) as client:
@@ -362,6 +364,28 @@ def test_a_silent_stream_is_a_cut(gateway: Gateway, tell: Tell) -> None:
     told = tell(timeout=0.2)
     assert type(told.error) is BehestConnectionError
     assert told.error.partial_text == "a"
+
+
+def test_a_stream_may_be_silent_for_longer_before_its_head(gateway: Gateway, tell: Tell) -> None:
+    gateway.plays(Scripted(pieces=(word("a", 1), FINISH, DONE), wait_s=0.6))
+    assert tell(idle_timeout=0.2).text == "a"
+    gateway.plays(stream(word("a", 1), end="held"))
+    assert type(tell(idle_timeout=0.2).error) is BehestConnectionError
+
+
+def test_a_stream_leaves_its_connection_to_the_next_call_unless_its_end_is_held_back(gateway: Gateway) -> None:
+    whole = (word("a", 1), FINISH, DONE)
+    gateway.plays(stream(*whole), stream(*whole, end="held"), Scripted(pieces=(b"[]",)))
+    with BehestSync(key=API_KEY, base_url=gateway.base_url, http_client=sync_http()) as client:
+        token = client.auth.mint().value
+        began_s = time.monotonic()
+        for _ in range(2):
+            for _ in client.chat.completions.create(messages=QUESTION, stream=True, token=token):
+                pass
+        assert gateway.connections == 1
+        assert client.threads.list(token=token) == []
+        assert time.monotonic() - began_s < 10
+    assert gateway.connections == 2
 
 
 def test_an_open_stream_after_the_end_is_not_waited_for(gateway: Gateway) -> None:
