@@ -133,8 +133,8 @@ def test_a_sidecar_that_stops_while_the_database_is_away_settles_when_it_comes_b
 ) -> None:
     with away_stack(database, tmp_path, BEHEST_DRAIN_S="0.3") as away:
         project, token = away.project()
-        ended = away.reader(token, output_tokens=300, chunk_interval_ms=1).begun()
         live = away.reader(token, output_tokens=400, chunk_interval_ms=20).begun()
+        ended = away.reader(token, output_tokens=300, chunk_interval_ms=5).begun()
         getattr(away.wire, how)()
         ended.ended()
         away.stack.sidecar.send_signal(signal.SIGTERM)
