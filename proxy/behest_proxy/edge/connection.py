@@ -95,8 +95,11 @@ class ClientConnection(asyncio.Protocol, ABC):
         """Close behind what is buffered; abort when the client does not take that either."""
         if self.is_open:
             self.is_open = False
-            self.transport.close()
-            self._call_later(self.host.limits.close_timeout_s, self.abort)
+            self._shut()
+
+    def _shut(self) -> None:
+        self.transport.close()
+        self._call_later(self.host.limits.close_timeout_s, self.abort)
 
     def _linger(self) -> None:
         """Close our side behind what is buffered, and drop for a while what the client still sends.
@@ -108,11 +111,7 @@ class ClientConnection(asyncio.Protocol, ABC):
             self._lingering_bytes = self.host.limits.linger_bytes
             if self.transport.can_write_eof():  # TLS has no half of a close
                 self.transport.write_eof()
-            self._call_later(self.host.limits.linger_timeout_s, self._lingered)
-
-    def _lingered(self) -> None:
-        self.is_open = True
-        self._close()
+            self._call_later(self.host.limits.linger_timeout_s, self._shut)
 
     def _drop(self, data: bytes) -> None:
         """What came behind our close: read, so that no reset is sent, but not without end."""
