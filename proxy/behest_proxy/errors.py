@@ -157,6 +157,11 @@ class ServerError(ShownError):
     type = "server_error"
 
 
+def our_bug() -> ServerError:
+    """What is shown of an exception that nobody expected: the log has the rest, under the request's id."""
+    return ServerError("something went wrong here; the request id tells us what")
+
+
 class UpstreamError(ShownError):
     """The provider refused, broke, or answered what is no answer."""
 

@@ -11,7 +11,7 @@ from behest_proxy.app.context import RequestContext
 from behest_proxy.app.door import Door
 from behest_proxy.app.messages import send_answer, send_error
 from behest_proxy.app.origins import project_allows
-from behest_proxy.errors import MethodNotAllowed, NotFound, ServerError, ShownError
+from behest_proxy.errors import MethodNotAllowed, NotFound, ShownError, our_bug
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ class Border:
             logger.exception("request %s failed", context.request_id, extra={FIELDS: context.log_fields})
             if begun:
                 raise
-            await send_error(send_with_headers, ServerError("something went wrong here; the request id tells us what"))
+            await send_error(send_with_headers, our_bug())
 
     async def _preflight(self, scope: Any, send: Any, context: RequestContext) -> None:
         headers = context.headers()

@@ -42,7 +42,7 @@ from behest_proxy.app.generation import Generation
 from behest_proxy.app.memory import Trace
 from behest_proxy.app.rates import rate_headers
 from behest_proxy.app.report import NoReport, Report
-from behest_proxy.errors import ServerError, ShownError
+from behest_proxy.errors import ShownError, our_bug
 from behest_proxy.exchange import Exchange
 from behest_proxy.sse import KEEP_ALIVE
 from behest_proxy.terms import Phase
@@ -59,7 +59,6 @@ UPSTREAM_TAIL_S = 1.0
 """How long a provider may take to end its body after `[DONE]`, so that its connection can be used again."""
 
 _NOTHING = (-1, 0, 0)
-_OUR_FAULT = "something went wrong here; the request id tells us what"
 
 
 class Conduct:
@@ -172,7 +171,7 @@ class Conduct:
             self.answered.set_exception(error)
         if self._generation is not None:
             self._generation.finished(None, is_charged=False)
-            self._generation.answer(Fail(ServerError(_OUR_FAULT)))
+            self._generation.answer(Fail(our_bug()))
 
     def checkpoint(self) -> Checkpoint | None:
         """How far the request has come; None where that is no farther than the last time."""
@@ -249,7 +248,7 @@ class Conduct:
         logger.error(
             "request %s is ended: a bug of ours", self._context.request_id, extra={FIELDS: self._context.log_fields}
         )
-        self.stop(Outcome.UPSTREAM_ERROR, ServerError(_OUR_FAULT))
+        self.stop(Outcome.UPSTREAM_ERROR, our_bug())
 
     # --- carrying out ------------------------------------------------------------------------------------------
 

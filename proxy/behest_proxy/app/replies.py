@@ -23,7 +23,7 @@ from behest_ledger.store.threads import ThreadKey
 from behest_ledger.vault import Vault
 from behest_proxy.actions import Fail, Respond
 from behest_proxy.app.generation import Generation
-from behest_proxy.errors import Conflict, ServerError, ShownError
+from behest_proxy.errors import Conflict, ShownError, our_bug
 from behest_proxy.threads import encoded, reply_of
 
 logger = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ class Replies:
         """Its call failed before it was under way: a reply that goes on stays as broken as it was."""
         if generation.conduct is None:
             generation.finished(None, is_charged=False)
-            generation.answer(Fail(error or ServerError("something went wrong here; the request id tells us what")))
+            generation.answer(Fail(error or our_bug()))
 
     def forget_key(self, generation: Generation) -> None:
         """Nothing came under the key that was taken for it."""
