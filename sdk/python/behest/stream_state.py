@@ -12,7 +12,10 @@ from behest.errors import BehestConnectionError, BehestError
 from behest.reply import Reply
 from behest.retries import IN_PROGRESS, Retries
 
-__all__ = ["StreamState"]
+__all__ = ["DRAIN_S", "StreamState"]
+
+DRAIN_S = 0.1
+"""The end of the body comes with `[DONE]`; a connection that makes us wait for it longer is not worth keeping."""
 
 
 class StreamState:

@@ -11,12 +11,9 @@ from openai.types.chat import ChatCompletionChunk
 from behest.calls import NETWORK_ERRORS, ChatCall
 from behest.errors import BehestError
 from behest.retries import Retries
-from behest.stream_state import StreamState
+from behest.stream_state import DRAIN_S, StreamState
 
 __all__ = ["ChatStreamSync"]
-
-DRAIN_S = 0.1
-"""The end of the body comes with `[DONE]`; a connection that makes us wait for it longer is not worth keeping."""
 
 
 class ChatStreamSync(StreamState):
