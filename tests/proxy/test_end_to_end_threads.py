@@ -1,7 +1,11 @@
 """Threads against the whole system: what is remembered, for whom, and that a broken reply goes on."""
 
+import asyncio
 import random
+import threading
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import repeat
 from typing import Any
 
@@ -9,6 +13,7 @@ import httpx
 import openai
 import pytest
 
+from behest_ledger.store.pool import connect
 from proxy.thread_clients import HI, Heard, Reader, messages_of, sent_to_the_provider, texts
 from stack import Project, Stack, wait_until
 
@@ -179,6 +184,73 @@ def test_who_has_the_answer_finds_it_in_the_thread_at_once(reader: Reader, more:
         assert messages[-1]["complete"] is True
         assert messages[-1]["content"]
         assert "last_event_id" not in messages[-1]
+
+
+@contextmanager
+def store_written_late(stack: Stack, *, by_s: float) -> Generator[None]:
+    """What is written to threads waits, and reading does not."""
+    locked = threading.Event()
+
+    async def hold() -> None:
+        connection = await connect(stack.dsn)
+        try:
+            async with connection.transaction():
+                await connection.execute("LOCK TABLE ledger.thread IN SHARE ROW EXCLUSIVE MODE")
+                locked.set()
+                await asyncio.sleep(by_s)
+        finally:
+            await connection.close()
+
+    with ThreadPoolExecutor(1) as pool:
+        held = pool.submit(lambda: asyncio.run(hold()))
+        assert locked.wait(10)
+        yield
+        held.result(30)
+
+
+@contextmanager
+def others_speaking(project: Project) -> Generator[None]:
+    """The writer of threads has something to write all the time: nobody's turn is written at once."""
+    is_over = threading.Event()
+
+    def speak(name: str) -> None:
+        other = Reader(project, name)
+        while not is_over.is_set():
+            other.ask(HI, sim={"text": "Yes."})
+
+    with ThreadPoolExecutor(2) as pool:
+        speaking = [pool.submit(speak, f"other-{number}") for number in range(2)]
+        try:
+            yield
+        finally:
+            is_over.set()
+            for one in speaking:
+                one.result(30)
+
+
+@pytest.mark.parametrize("more", [{}, {"stream": True}], ids=["whole", "streamed"])
+def test_who_has_the_answer_finds_its_thread_and_can_delete_it_at_once(reader: Reader, more: dict[str, Any]) -> None:
+    with others_speaking(reader.project):
+        for number in range(30):
+            thread = reader.headers["X-Thread-Id"] = f"at-once-{number}"
+            reader.ask(HI, sim={"text": "Yes."}, **more)
+            if number % 3 == 0:
+                assert thread in [one["id"] for one in reader.get("/v1/threads").json()]
+            elif number % 3 == 1:
+                assert reader.get(f"/v1/threads/{thread}").json().get("messages") == 2
+            assert reader.delete(f"/v1/threads/{thread}").status_code == 204
+            assert reader.get(f"/v1/threads/{thread}/messages").status_code == 404
+
+
+def test_what_cannot_be_written_yet_is_not_said_to_be_deleted(reader: Reader) -> None:
+    thread = reader.headers["X-Thread-Id"]
+    with store_written_late(reader.project.stack, by_s=1.5):
+        reader.ask(HI, sim={"text": "Yes."})
+        answer = reader.delete(f"/v1/threads/{thread}")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "ledger_unavailable")
+        assert answer.headers["retry-after"] == "1"
+    wait_until(lambda: reader.delete(f"/v1/threads/{thread}").status_code == 204)
+    assert reader.get(f"/v1/threads/{thread}").status_code == 404
 
 
 # Reconnecting

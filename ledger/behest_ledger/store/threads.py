@@ -39,6 +39,10 @@ class ThreadKey(msgspec.Struct, frozen=True, kw_only=True):
         names = [self.tenant_id, self.project_id, self.user_id, self.thread_id]
         return UUID(bytes=hashlib.sha256(msgspec.json.encode(names)).digest()[:16])
 
+    def covers(self, thread: "ThreadKey") -> bool:
+        """This is that thread; without a thread's id, all threads of its user."""
+        return thread == (self if self.thread_id else msgspec.structs.replace(self, thread_id=thread.thread_id))
+
 
 class StoredThread(msgspec.Struct, frozen=True, kw_only=True):
     """A thread without its messages."""

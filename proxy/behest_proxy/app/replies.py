@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 WRITE_S = 0.5
 ASK_AGAIN_S = 0.05
+LOOK_AGAIN_S = 0.005
+"""For what is in this process, and is being written."""
 PIECES_MAX = 200
 PIECES_BYTES_MAX = 4 * 1024 * 1024
 MEMORY_BYTES_MAX = 64 * 1024 * 1024
@@ -131,18 +133,25 @@ class Replies:
         if generation.state != "running" or generation.new_messages is not None:
             self._wake.set()
 
-    async def written(self, thread: ThreadKey, *, timeout_s: float) -> None:
+    async def written(self, whose: ThreadKey, *, timeout_s: float) -> bool:
         """Wait until the store knows of each turn in this thread, and each end of a reply, of which this process does.
 
-        It takes milliseconds. After `timeout_s` it is not waited for any longer.
+        Without a thread's id: in all threads of the user. It takes milliseconds. After `timeout_s` it is not waited
+        for any longer: False.
         """
         deadline_s = time.monotonic() + timeout_s
-        while self._is_unwritten(thread) and time.monotonic() < deadline_s:  # noqa: ASYNC110 - a rare case
-            await asyncio.sleep(ASK_AGAIN_S)
+        while is_unwritten := self._is_unwritten(whose):
+            if time.monotonic() >= deadline_s:
+                break
+            await asyncio.sleep(LOOK_AGAIN_S)
+        return not is_unwritten
 
-    def _is_unwritten(self, thread: ThreadKey) -> bool:
+    def _is_unwritten(self, whose: ThreadKey) -> bool:
         return any(
-            one.thread == thread and (one.new_messages is not None or one.state != "running") for one in self._dirty
+            one.thread is not None
+            and whose.covers(one.thread)
+            and (one.new_messages is not None or one.state != "running")
+            for one in self._dirty
         )
 
     def given_up(self, generation: Generation, error: ShownError | None) -> None:

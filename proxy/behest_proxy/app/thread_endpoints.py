@@ -41,6 +41,7 @@ class ThreadEndpoints:
         if before is not None and not is_session_id(before):
             raise InvalidRequest("before: must be a thread's id", param="before")
         limit = _limit(request)
+        await self._written(whose)
         try:
             found = await threads.list_threads(self._pool, whose, limit=limit, before=before)
         except LedgerError:
@@ -62,8 +63,11 @@ class ThreadEndpoints:
 
     async def _thread(self, request: Request, whose: ThreadKey) -> Response:
         """`GET /v1/threads/{id}`, or its deletion."""
+        is_written = await self._written(whose)
         try:
             if request.method == "DELETE":
+                if not is_written:
+                    raise _ledger_away()  # a turn that is written later would bring back what was deleted
                 if not await threads.delete_thread(self._pool, whose):
                     raise _no_thread()
                 return Response(status_code=204)
@@ -79,7 +83,7 @@ class ThreadEndpoints:
         limit, before = _limit(request), request.query_params.get("before")
         if before is not None and not (before.isascii() and before.isdigit() and len(before) < 10):
             raise InvalidRequest("before: must be a message's id", param="before")
-        await self._gateway.replies.written(whose, timeout_s=TURN_WRITTEN_S)
+        await self._written(whose)
         try:
             if await threads.find_thread(self._pool, whose) is None:
                 raise _no_thread()
@@ -130,6 +134,10 @@ class ThreadEndpoints:
         if events or message.content is None:
             return reply_of(events), None if is_lost or not events else EventId(generation_id, len(events))
         return loads(message.content), None if is_lost else EventId(generation_id, message.events)
+
+    async def _written(self, whose: ThreadKey) -> bool:
+        """What a caller has had of this process he finds in the store. False: it cannot be written just now."""
+        return await self._gateway.replies.written(whose, timeout_s=TURN_WRITTEN_S)
 
     @property
     def _pool(self) -> Any:
