@@ -3,6 +3,8 @@
 import argparse
 import os
 import socket
+import sys
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -131,3 +133,23 @@ def test_a_held_folder_names_its_holder(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=rf"already running in .* \(process {os.getpid()}\); stop it with"):
             folder.locked().__enter__()
     assert folder.holder() is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems let nobody listen beside a socket that is bound")
+def test_a_free_port_is_kept_for_the_server_that_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    port = preflight.free_port(0)
+    with socket.socket() as another, pytest.raises(OSError, match="in use"):
+        another.bind(("127.0.0.1", port))
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port)).close()
+    with socket.create_server(("127.0.0.1", port)) as server, socket.create_connection(("127.0.0.1", port)) as client:
+        assert client.getpeername() == server.getsockname()
+    preflight.check_ports(port=port, admin_port=0)
+    monkeypatch.setattr(preflight, "_RESERVED_MAX", 2)
+    kept = deque[int]()
+    monkeypatch.setattr(preflight, "_reserved", kept)
+    for _ in range(3):
+        preflight.free_port(0)
+    assert len(kept) == 2, "there is an end to what is kept"
+    while kept:
+        os.close(kept.pop())

@@ -5,6 +5,8 @@ import errno
 import os
 import shutil
 import socket
+import sys
+from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -12,6 +14,10 @@ from urllib.parse import urlsplit
 from behest_ledger.configuration.rules import holds_a_key
 from behest_proxy.cli.binaries import embedded_folder
 from behest_proxy.cli.terminal import UserError
+
+_RESERVED_MAX = 256
+_reserved: deque[int] = deque()
+"""Descriptors of sockets that are bound to ports which `free_port` gave away; the oldest are closed first."""
 
 
 def problems(arguments: argparse.Namespace, environment: Mapping[str, str]) -> list[UserError]:
@@ -96,9 +102,23 @@ def check_ready_file(path: Path | None) -> None:
 
 
 def free_port(number: int) -> int:
-    """The port itself, or any free one for 0."""
+    """The port itself, or for 0 any free one, which the system gives to nobody else while this process lives.
+
+    Found and let go, it could be somebody else's by the time that its server has started, which is a second and more.
+    So this process stays bound to it and does not listen: the system then gives it to nobody who asks for any port or
+    connects from one, and a server that sets SO_REUSEADDR, as they do, may listen there. (On Linux; elsewhere nobody
+    could listen beside it, and it is let go.)
+    """
     if number:
         return number
     with socket.socket() as probe:
+        if sys.platform != "linux":
+            probe.bind(("127.0.0.1", 0))
+            return int(probe.getsockname()[1])
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+        port = int(probe.getsockname()[1])
+        _reserved.append(probe.detach())
+    if len(_reserved) > _RESERVED_MAX:
+        os.close(_reserved.popleft())
+    return port
