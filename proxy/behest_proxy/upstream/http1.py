@@ -1,21 +1,18 @@
 """An HTTP/1.1 connection: one call at a time, kept alive between calls, closed to cancel one.
 
-`h11` writes the request's head and reads the answer's; the body passes through our own readers (`bodies`), in one
-walk per read.
+A head is composed and read by `heads`, a body by the readers of `bodies`, in one walk per read.
 """
 
 import asyncio
 from typing import Protocol
 
-import h11
-
 from behest_proxy.upstream.bodies import BodyReader, ChunkedReader, CloseReader, LengthReader, MalformedBody
 from behest_proxy.upstream.call import FailureKind
 from behest_proxy.upstream.connector import Connected
+from behest_proxy.upstream.heads import AnswerHead, HeadReader, MalformedHead, composed
 from behest_proxy.upstream.live_call import LiveCall
 from behest_proxy.upstream.moderation import Moderation
 
-_HEAD_BYTES_MAX = 64 * 1024
 _SENT_CHECK_S = 0.01
 """How often a request that the kernel did not take at once is looked at."""
 
@@ -47,7 +44,7 @@ class Http1Connection(asyncio.Protocol):
         self._idle_timeout_s = idle_timeout_s
         self._idle_timer: asyncio.TimerHandle | None = None
         self._call: LiveCall | None = None
-        self._head: h11.Connection | None = None
+        self._head: HeadReader | None = None
         self._body: BodyReader | None = None
         self._request_sent = False
         self._unsent_bytes = 0
@@ -88,8 +85,8 @@ class Http1Connection(asyncio.Protocol):
         call.carried_by(self)
         if call.is_paused:
             self.paused(call)
-        self._head = h11.Connection(h11.CLIENT, max_incomplete_event_size=_HEAD_BYTES_MAX)
-        self._transport.write(self._compose(self._head, call))
+        self._head = HeadReader()
+        self._transport.write(self._compose(call))
         self._unsent_bytes = self._buffered()
         self._loop.call_soon(self._check_sent, call)
 
@@ -185,7 +182,7 @@ class Http1Connection(asyncio.Protocol):
 
     # Inside.
 
-    def _compose(self, head: h11.Connection, call: LiveCall) -> bytes:
+    def _compose(self, call: LiveCall) -> bytes:
         request = call.request
         headers = [(b"host", request.origin.authority.encode("ascii")), *request.headers]
         target = request.target
@@ -193,8 +190,7 @@ class Http1Connection(asyncio.Protocol):
             target = str(request.origin).encode("ascii") + target
             if self._proxy.authorization is not None:
                 headers.append((b"proxy-authorization", self._proxy.authorization))
-        composed = head.send(h11.Request(method=request.method, target=target, headers=headers))
-        return (composed or b"") + request.body
+        return composed(request.method, target, headers) + request.body
 
     def _check_sent(self, call: LiveCall) -> None:
         """Tell the call when no byte of its request is left in this process, under TLS or above it."""
@@ -221,25 +217,17 @@ class Http1Connection(asyncio.Protocol):
         """Feed the head's parser; when the head is whole, tell the call and return what came behind it."""
         assert self._head is not None
         try:
-            self._head.receive_data(data)
-            event = self._head.next_event()
-            while isinstance(event, h11.InformationalResponse):
-                event = self._head.next_event()
-        except h11.RemoteProtocolError:
-            # h11's text would quote the bytes.
-            self._break_off(call, "malformed head of the answer")
+            found = self._head.feed(data)
+        except MalformedHead as error:
+            self._break_off(call, str(error))
             return b""
-        if event is h11.NEED_DATA:
+        if found is None:
             return b""
-        if not isinstance(event, h11.Response):
-            self._break_off(call, "an answer that switches protocols, unasked")
-            return b""
-        rest = self._head.trailing_data[0]
+        head, rest = found
         self._head = None
-        headers = [(bytes(name), bytes(value)) for name, value in event.headers]
-        self._body = _reader_for(event.status_code, headers)
-        self._keep_alive = _keeps_alive(event.http_version, headers)
-        call.head(event.status_code, headers)
+        self._body = _reader_for(head)
+        self._keep_alive = head.keeps_alive
+        call.head(head.status, head.headers)
         return rest
 
     def _finish(self, call: LiveCall) -> None:
@@ -267,24 +255,8 @@ class Http1Connection(asyncio.Protocol):
             self._transport.resume_reading()
 
 
-def _reader_for(status: int, headers: list[tuple[bytes, bytes]]) -> BodyReader:
-    """RFC 9112, 6.3. h11 has refused contradicting lengths and other transfer codings than chunked."""
-    if status in (204, 304):
-        return LengthReader(0)
-    length = None
-    for name, value in headers:
-        if name == b"transfer-encoding":
-            return ChunkedReader()
-        if name == b"content-length":
-            length = int(value)
-    return CloseReader() if length is None else LengthReader(length)
-
-
-def _keeps_alive(version: bytes, headers: list[tuple[bytes, bytes]]) -> bool:
-    """RFC 9112, 9.3; an HTTP/1.0 peer's `keep-alive` is not taken up."""
-    if version != b"1.1":
-        return False
-    for name, value in headers:
-        if name == b"connection" and b"close" in (option.strip() for option in value.lower().split(b",")):
-            return False
-    return True
+def _reader_for(head: AnswerHead) -> BodyReader:
+    """RFC 9112, 6.3."""
+    if head.is_chunked:
+        return ChunkedReader()
+    return CloseReader() if head.length is None else LengthReader(head.length)
