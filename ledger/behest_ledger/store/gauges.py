@@ -15,7 +15,7 @@ from behest_ledger.telemetry.names import SERIES_MAX
 BUDGETS_MAX = SERIES_MAX
 """Budgets that are told of, in the order of tenant and name: the same ones every time."""
 
-# All windows in one pass, hashed: budget by budget, a hundred thousand sessions would be looked up one by one.
+# A window that has not ended is its subject's current one: the next one begins behind its end.
 _BUDGETS = """
 WITH told AS MATERIALIZED (
     SELECT * FROM ledger.budget WHERE deleted_at IS NULL AND name NOT LIKE 'tier:%'
@@ -29,8 +29,8 @@ WITH told AS MATERIALIZED (
                AND n.limit_amount - n.spent - n.held - n.suspense < greatest(1, CASE n.unit
                    WHEN 'usd' THEN least(div(n.limit_amount, 1000), 1000000000)
                    WHEN 'tokens' THEN least(div(n.limit_amount, 100), 16) ELSE 1 END)) AS exhausted
-    FROM ledger.budget_subject s JOIN ledger.budget_window n USING (tenant_id, window_id)
-    WHERE n.ends_at IS NULL OR n.ends_at > clock_timestamp()
+    FROM told b JOIN ledger.budget_window n USING (tenant_id, budget_id)
+    WHERE coalesce(n.ends_at, 'infinity') > statement_timestamp()
     GROUP BY n.tenant_id, n.budget_id
 )
 SELECT b.tenant_id, b.budget_id, b.unit, coalesce(w.limit_amount, b.limit_amount)::float8 AS limit_amount,

@@ -120,23 +120,15 @@ async def budgets_of(connection: Connection, tenant_id: str, attributes: dict[st
     return [BudgetState(**dict(row)) for row in rows]
 
 
-MANY_BUDGETS = 100
-"""From here on all windows are read in one pass: budget by budget, a hundred thousand would be looked up one by one."""
-
-# `OFFSET 0`: windows meet their subjects first, by their own key, for which there are statistics. Left to itself the
-# planner takes the budgets that are asked for to have next to no windows, and has looked through all subjects of a
-# budget for each window of it.
+# A window that has not ended is its subject's current one: the next one begins behind its end.
 _READ_WINDOWS = """
-WITH wanted AS (
-    SELECT * FROM unnest($1::text[], $2::text[], $3::text[]) WITH ORDINALITY AS b (tenant_id, budget_id, spare, number)
-), windows AS (
-    SELECT b.number, c.*, b.spare::numeric AS spare,
-           row_number() OVER (PARTITION BY b.number ORDER BY c.spent + c.held DESC, c.subject) AS place
-    FROM wanted b JOIN (
-        SELECT s.tenant_id, s.budget_id, s.subject, w.spent, w.held + w.suspense AS held, w.overrun, w.ends_at,
-               w.ceiling, w.limit_amount - w.spent - w.held - w.suspense AS free
-        FROM ledger.budget_subject s JOIN ledger.budget_window w USING (tenant_id, window_id)
-        WHERE (w.ends_at IS NULL OR w.ends_at > clock_timestamp()){only} OFFSET 0) AS c USING (tenant_id, budget_id)
+WITH windows AS (
+    SELECT b.number, w.subject, w.spent, w.held + w.suspense AS held, w.overrun, w.ends_at, w.ceiling,
+           w.limit_amount - w.spent - w.held - w.suspense AS free, b.spare::numeric AS spare,
+           row_number() OVER (PARTITION BY b.number ORDER BY w.spent + w.held + w.suspense DESC, w.subject) AS place
+    FROM unnest($1::text[], $2::text[], $3::text[]) WITH ORDINALITY AS b (tenant_id, budget_id, spare, number)
+    JOIN ledger.budget_window w USING (tenant_id, budget_id)
+    WHERE coalesce(w.ends_at, 'infinity') > statement_timestamp()
 )
 SELECT number, count(*) AS active, sum(spent)::text AS spent, sum(held)::text AS held, sum(overrun)::text AS overrun,
        min(CASE WHEN ceiling IS NULL THEN free ELSE greatest(free, 0) END)::text AS remaining,
@@ -145,7 +137,6 @@ SELECT number, count(*) AS active, sum(spent)::text AS spent, sum(held)::text AS
        array_agg(ARRAY[subject::text, spent::text, held::text] ORDER BY place) FILTER (WHERE place <= 5) AS biggest
 FROM windows GROUP BY number
 """
-_ONLY_WANTED = " AND (s.tenant_id, s.budget_id) IN (SELECT tenant_id, budget_id FROM wanted)"
 
 
 async def budget_statuses(connection: Connection, records: Sequence[BudgetRecord]) -> list[BudgetStatus]:
@@ -155,7 +146,7 @@ async def budget_statuses(connection: Connection, records: Sequence[BudgetRecord
     """
     with mapped():
         rows = await connection.fetch(
-            _READ_WINDOWS.format(only=_ONLY_WANTED if len(records) < MANY_BUDGETS else ""),
+            _READ_WINDOWS,
             [record.tenant_id for record in records],
             [record.budget_id for record in records],
             [str(spare_amount(record.unit, record.limit_amount)) for record in records],
