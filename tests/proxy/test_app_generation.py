@@ -260,6 +260,23 @@ def test_beyond_its_bound_a_reply_reaches_its_clients_and_is_kept_no_more() -> N
     run(test)
 
 
+def test_the_last_client_that_is_too_far_behind_is_cut_and_its_leaving_is_noticed_at_once() -> None:
+    async def main() -> None:
+        generation = a_generation(on_change=nobody)
+        left: list[bool] = []
+        generation.on_gone = lambda: left.append(True)
+        stuck, _ = follow(generation)
+        generation.begin(200, [])
+        stuck.paused = True
+        for _ in range(2 * EVENTS_BYTES_MAX // 100_000 + 2):
+            generation.add(event("x" * 100_000), 1)
+            assert not left, "not in the middle of an event's way"
+        await asyncio.sleep(0)
+        assert (stuck.over, left) == ("reset", [True])
+
+    asyncio.run(main())
+
+
 def test_a_call_that_was_refused_leaves_nothing_and_a_broken_one_its_state() -> None:
     def test() -> None:
         told: list[Generation] = []

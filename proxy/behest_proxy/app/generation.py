@@ -84,7 +84,7 @@ class Follower:
         while self.position < generation.count and not stream.paused and not self.is_over:
             events = generation.events_after(self.position, PUMPED_BYTES)
             if not events:
-                self.reset()  # what it lacks is not in memory any more: never a gap
+                self.cut()  # what it lacks is not in memory any more: never a gap
                 return
             self._write(events)
         if self.position < generation.count and not self.is_over:
@@ -109,6 +109,11 @@ class Follower:
         if not self.is_over:
             self.stream.reset()
             self._finish()
+
+    def cut(self) -> None:
+        """Break it, and say that it is gone: not from inside of the event's way, which found it too far behind."""
+        self.reset()
+        self._loop.call_soon(self._generation.follower_gone)
 
     def _write(self, events: Sequence[bytes]) -> None:
         first = self.position + 1
@@ -269,7 +274,7 @@ class Generation:
         if self._size_bytes > EVENTS_BYTES_MAX:
             for follower in self._followers:
                 if follower.position < self.count:
-                    follower.reset()
+                    follower.cut()
             self._forget(self.count)
 
     def _append(self, events: list[bytes]) -> None:
