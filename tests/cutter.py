@@ -69,6 +69,7 @@ class _Handler(socketserver.BaseRequestHandler):
 class _Server(socketserver.ThreadingTCPServer):
     daemon_threads = True
     block_on_close = False
+    request_queue_size = 128  # the usual 5 are fewer than a browser knocks with, and who finds no room waits a second
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         del request, client_address

@@ -44,6 +44,7 @@ class Scripted:
     status: int = 200
     headers: Mapping[str, str] = field(default_factory=dict[str, str])
     pieces: tuple[bytes, ...] = ()
+    """Of its body; they leave with the head and the end in one write: a busy machine puts no pause between them."""
     end: End = "ended"
     wait_s: float = 0.0
     """Before its head."""
@@ -112,6 +113,7 @@ class Gateway:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = -1
     gateway: Gateway
 
     def setup(self) -> None:
@@ -155,15 +157,15 @@ class _Handler(BaseHTTPRequestHandler):
         for piece in answer.pieces:
             if piece:
                 self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
-                self.wfile.flush()
         if answer.end == "ended":
             self.wfile.write(b"0\r\n\r\n")
-        elif answer.end == "held":
+        self.wfile.flush()
+        if answer.end == "held":
             with suppress(OSError):
                 assert self.connection.recv(1) == b""
             self.gateway.gone.set()
             self.close_connection = True
-        else:
+        elif answer.end == "cut":
             # What was written shall still arrive: half of it closes first, then the rest.
             self.connection.shutdown(socket.SHUT_WR)
             self.close_connection = True
@@ -173,6 +175,8 @@ class _Server(socketserver.ThreadingTCPServer):
     daemon_threads = True
     allow_reuse_address = True
     block_on_close = False
+    request_queue_size = 1024
+    """The usual 5 make a crowd wait: the kernel drops whom the queue has no room for, and he knocks again a second later."""
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         del request, client_address
