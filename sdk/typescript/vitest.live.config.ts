@@ -11,5 +11,5 @@ const ours = [{ find: "@behest/client-ts", replacement: dist }];
 
 export default defineConfig({
   resolve: { alias: process.env["CLIENT"] === "openai" ? ours : [...ours, { find: /^openai$/, replacement: dist }] },
-  test: { include: ["test/live/*.test.{ts,tsx}"], testTimeout: 30_000, fileParallelism: false },
+  test: { include: ["test/live/*.test.{ts,tsx}"], testTimeout: 60_000, fileParallelism: false },
 });

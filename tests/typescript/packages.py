@@ -1,5 +1,6 @@
 """Packages of npm: installed as their lock files say, once for each version of them."""
 
+import fcntl
 import os
 import re
 import shutil
@@ -8,8 +9,12 @@ from pathlib import Path
 
 import pytest
 
-_UNREACHABLE = re.compile(r"ENOTFOUND|EAI_AGAIN|ECONN|ETIMEDOUT|ENETUNREACH|EHOSTUNREACH|E40[37]|CERT|SELF_SIGNED")
-"""In npm's words: no such host, no way there, a proxy that refuses, a certificate that this machine does not know."""
+_UNREACHABLE = re.compile(
+    r"ENOTFOUND|EAI_AGAIN|ECONN|ETIMEDOUT|ERR_SOCKET_TIMEOUT|ENETUNREACH|EHOSTUNREACH|E40[37]|E429|E5\d\d\b|CERT|SELF_SIGNED"
+)
+"""In npm's words: no such host, no way there, a proxy that refuses, a registry that is ill, a certificate that this
+machine does not know."""
+_CI = ["ci", "--prefer-offline", "--fetch-retries=5", "--ignore-scripts", "--no-audit", "--no-fund"]
 
 
 def install(folder: Path) -> Path:
@@ -18,17 +23,17 @@ def install(folder: Path) -> Path:
     if npm is None or shutil.which("node") is None:
         pytest.skip("this machine has no node and npm")
     installed = folder / "node_modules" / ".installed"
-    lock = (folder / "package-lock.json").read_text()
-    if not installed.exists() or installed.read_text() != lock:
-        done = subprocess.run(
-            [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund"], cwd=folder, capture_output=True, text=True
-        )
-        if done.returncode:
-            said = done.stderr.strip()[-300:]
-            if _UNREACHABLE.search(done.stderr):
-                pytest.skip(f"npm's registry cannot be reached from here: {said}")
-            pytest.fail(f"npm cannot install the packages: {said}")
-        installed.write_text(lock)
+    with (folder / "package-lock.json").open() as locked:
+        fcntl.flock(locked, fcntl.LOCK_EX)  # of runs that stand beside each other one installs, the others wait
+        lock = locked.read()
+        if not installed.exists() or installed.read_text() != lock:
+            done = subprocess.run([npm, *_CI], cwd=folder, capture_output=True, text=True)
+            if done.returncode:
+                said = done.stderr.strip()[-300:]
+                if _UNREACHABLE.search(done.stderr):
+                    pytest.skip(f"npm's registry cannot be reached from here: {said}")
+                pytest.fail(f"npm cannot install the packages: {said}")
+            installed.write_text(lock)
     return folder
 
 

@@ -41,7 +41,7 @@ def test_its_backend_gives_each_browser_tokens_of_one_user(chat: Path, stack: St
         found = wait_until(
             lambda: re.search(r"http://localhost:(\d+)", log.read_text()), timeout_s=120, what="the chat's start"
         )
-        with httpx.Client(base_url=f"http://127.0.0.1:{found[1]}") as browser:
+        with httpx.Client(base_url=f"http://127.0.0.1:{found[1]}", timeout=60) as browser:
             assert '<div id="root">' in browser.get("/").text
             assert browser.get("/api/behest/token").status_code == 405
             assert browser.post("/api/behest/token", content="x").status_code == 405, "a form of another site"

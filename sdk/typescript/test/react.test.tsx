@@ -1,5 +1,5 @@
 // @vitest-environment happy-dom
-import { act, cleanup, render, renderHook, waitFor } from "@testing-library/react";
+import { act, cleanup, configure, render, renderHook, waitFor } from "@testing-library/react";
 import { afterEach, describe, expect, it, vi } from "vitest";
 
 import { Behest } from "../src/index.js";
@@ -8,7 +8,14 @@ import { Markdown, uiMessages, useBehestChat, useBehestThreads } from "../src/re
 import { DOCUMENTS } from "./documents.js";
 import { chunk, DONE, event, failed, Gateway, json, stream, type Answer } from "./gateway.js";
 
+configure({ asyncUtilTimeout: 20_000 }); // its own second is short on a busy machine
 afterEach(cleanup);
+
+/** A promise, and what keeps it. */
+function kept(): { promise: Promise<void>; keep: () => void } {
+  let keep = (): void => undefined;
+  return { promise: new Promise((resolve) => (keep = resolve)), keep: () => keep() };
+}
 
 function client(...answers: Answer[]): { behest: Behest; gateway: Gateway } {
   const gateway = new Gateway(...answers);
@@ -107,11 +114,14 @@ describe("useBehestChat", () => {
   });
 
   it("says that it reconnects", async () => {
-    const { behest } = client(stream([event(chunk("a"), "g-1")], "error"), stream([event(chunk("b", "stop"), "g-2"), DONE]));
+    const seen = kept();
+    const rest = stream([event(chunk("b", "stop"), "g-2"), DONE]);
+    const { behest } = client(stream([event(chunk("a"), "g-1")], "error"), async (...asked) => seen.promise.then(() => rest(...asked)));
     const { result } = chat(behest);
     act(() => result.current.send("Hi"));
     await waitFor(() => expect([result.current.status, result.current.attempt]).toEqual(["reconnecting", 1]));
-    await waitFor(() => expect(result.current.status).toBe("idle"), { timeout: 3000 });
+    seen.keep();
+    await waitFor(() => expect(result.current.status).toBe("idle"));
     expect(result.current.messages[1]?.content).toBe("ab");
   });
 
@@ -145,6 +155,33 @@ describe("useBehestThreads", () => {
     expect(result.current.error).toMatchObject({ status: 503 });
     expect(result.current.threads).toEqual([{ id: "b" }]);
     expect(gateway.seen.map((seen) => seen.method)).toEqual(["GET", "DELETE", "GET"]);
+  });
+
+  it("does not show again what was removed while a list was on its way", async () => {
+    const both = json(200, [{ id: "a" }, { id: "b" }]);
+    const [list, removal] = [kept(), kept()];
+    const { behest } = client(
+      both,
+      async (...asked) => list.promise.then(() => both(...asked)),
+      async () => removal.promise.then(() => new Response(null, { status: 204 })),
+      both,
+      both,
+    );
+    const { result } = renderHook(() => useBehestThreads({ client: behest }));
+    await waitFor(() => expect(result.current.threads).toHaveLength(2));
+    let refreshed = Promise.resolve();
+    let removed = Promise.resolve();
+    act(() => void (refreshed = result.current.refresh()));
+    act(() => void (removed = result.current.remove("a")));
+    list.keep(); // asked before the removal, answered while it runs
+    await act(() => refreshed);
+    expect(result.current.threads).toEqual([{ id: "b" }]);
+    await act(() => result.current.refresh()); // asked while it runs
+    expect(result.current.threads).toEqual([{ id: "b" }]);
+    removal.keep();
+    await act(() => removed);
+    await act(() => result.current.refresh()); // a new thread may have its id
+    expect(result.current.threads).toEqual([{ id: "a" }, { id: "b" }]);
   });
 });
 

@@ -20,6 +20,8 @@ export function useBehestThreads({ client, limit = 50 }: { client: Behest; limit
   const [loading, setLoading] = useState(true);
   const [error, setError] = useState<Error | undefined>(undefined);
   const latest = useRef(0);
+  /** What was removed: up to which question an answer may still name it. While the removal runs: all of them. */
+  const gone = useRef(new Map<string, number>());
   const mounted = useRef(new AbortController());
 
   const refresh = useCallback(async (): Promise<void> => {
@@ -28,7 +30,8 @@ export function useBehestThreads({ client, limit = 50 }: { client: Behest; limit
     try {
       const found = await client.threads.list({ limit }, { signal: mounted.current.signal });
       if (turn !== latest.current) return; // a later question was asked meanwhile
-      setThreads(found);
+      for (const [id, last] of gone.current) if (last < turn) gone.current.delete(id);
+      setThreads(found.filter((thread) => !gone.current.has(thread.id)));
       setError(undefined);
     } catch (reason) {
       if (turn !== latest.current || mounted.current.signal.aborted) return;
@@ -46,14 +49,17 @@ export function useBehestThreads({ client, limit = 50 }: { client: Behest; limit
   const remove = useCallback(
     async (id: string): Promise<void> => {
       setThreads((before) => before.filter((thread) => thread.id !== id));
+      gone.current.set(id, Infinity);
       try {
         await client.threads.delete(id);
       } catch (reason) {
         if ((reason as { status?: number }).status !== 404) {
+          gone.current.delete(id);
           await refresh();
           throw reason;
         }
       }
+      gone.current.set(id, latest.current); // what is asked from now on does not name it
     },
     [client, refresh],
   );

@@ -95,12 +95,7 @@ describe("what is left and what was used", () => {
     expect((await client.budgets.list()).map((budget) => budget.unit)).toContain("usd");
     expect((await client.models.list()).map((model) => model.id)).toContain("gpt-4o-mini");
     expect(await client.threads.list()).toEqual([]);
-    for (let tries = 0; tries < 200; tries++) {
-      const { totals } = await client.usage.get({ granularity: "hour", tz: "Europe/Berlin" });
-      if (totals.requests === 1) return;
-      await new Promise((resolve) => setTimeout(resolve, 20));
-    }
-    throw new Error("the request is not in the usage");
+    await until(async () => (await client.usage.get({ granularity: "hour", tz: "Europe/Berlin" })).totals.requests === 1);
   });
 });
 

@@ -110,7 +110,7 @@ it("Cleanup on unmount", async () => {
     for await (const _ of stream) if (++chunks === 5) unmount();
   })().catch((error: Error) => error.name);
   expect(await read).toBe(isOurs ? "AbortError" : undefined);
-  expect(chunks).toBeLessThan(200);
+  expect(chunks).toBeLessThan(1000); // of 5000: what has arrived already may still be given out, and a busy machine is late
 });
 
 describe("Reconnect", () => {
