@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,14 +14,15 @@ from fronts.programs import Front, envoy, nginx
 from stack import Project, Stack, wait_until
 
 QUESTION: list[Any] = [{"role": "user", "content": "Tell me a story."}]
-CHUNKS = 200
+PACES = [(200, 10), (100, 50), (50, 200)]
+"""Chunks, and ms from one to the next. On a busy machine some of them meet on their way: then they come slower. What a
+proxy buffers is never separate, at any pace."""
 SEPARATE_LEAST = 0.9
-ATTEMPTS = 3
-"""On a machine that others keep busy, chunks may meet on their way; what a proxy buffers is never separate."""
 ABORTS = 60
 AT_ONCE = 10
-ABORT_MOST_MS = 1000.0
-"""Ten times of what is promised: a test must not fail because the machine is busy. Look at the figures it prints."""
+ABORT_MOST_MS = 10_000.0
+"""Sooner than anything but the abort itself could end them: the beat of an idle stream comes after 15 s. How long it
+really takes is what is printed; 100 ms are promised."""
 
 
 @pytest.fixture(scope="module", params=[nginx, envoy], ids=["nginx", "Envoy"])
@@ -50,19 +52,29 @@ def _call(front: Front, wire: Wire, token: str, *, leave_after: int | None = Non
 def test_events_come_one_by_one(front: Front, wire: Wire, project: Project) -> None:
     token = project.mint()
     shares: list[float] = []
-    for _ in range(ATTEMPTS):
-        made: Call = asyncio.run(_call(front, wire, token, output_tokens=CHUNKS, chunk_interval_ms=10))
+    for chunks, interval_ms in PACES:
+        made: Call = asyncio.run(_call(front, wire, token, output_tokens=chunks, chunk_interval_ms=interval_ms))
         assert made.events[-1] == b"[DONE]"
-        assert len(made.events) >= CHUNKS
+        assert len(made.events) >= chunks
         shares.append(made.reads / len(made.events))
+        told = f"{shares[-1]:.0%} of {chunks} chunks, one each {interval_ms} ms, in reads of their own"
+        print(f"\n{front.name}, {wire}: {told}")
         if shares[-1] >= SEPARATE_LEAST:
-            break
-    print(f"\n{front.name}, {wire}: {shares[-1]:.0%} of {CHUNKS} chunks, one each 10 ms, in reads of their own")
-    assert max(shares) >= SEPARATE_LEAST, shares
+            return
+    pytest.fail(f"events come together at every pace: {shares}")
 
 
 def test_a_client_that_leaves_stops_the_provider(front: Front, wire: Wire, project: Project) -> None:
     token = project.mint()
+    cancelled: dict[str, int] = {}
+
+    def seen(calls: list[Call]) -> bool:
+        for one in calls:
+            row = project.stack.sim_request(one.request_id)
+            if row is None or not row["cancelled_monotonic_ns"]:
+                return False
+            cancelled[one.request_id] = row["cancelled_monotonic_ns"]
+        return True
 
     async def scenario() -> list[Call]:
         made: list[Call] = []
@@ -73,7 +85,7 @@ def test_a_client_that_leaves_stops_the_provider(front: Front, wire: Wire, proje
             ]
             calls: list[Call] = await asyncio.gather(*work)
             # A stream's reset must suffice: its connection is closed only after the provider saw it.
-            await asyncio.sleep(0.3)
+            await asyncio.to_thread(wait_until, partial(seen, calls), what="the provider's seeing all cancels")
             for one in calls:
                 await one.close()
             made += calls
@@ -82,12 +94,6 @@ def test_a_client_that_leaves_stops_the_provider(front: Front, wire: Wire, proje
     made = asyncio.run(scenario())
     left = {one.request_id: one.left_ns for one in made}
     assert len(left) == ABORTS
-
-    def seen() -> dict[str, int] | None:
-        found = {row["id"]: row["cancelled_monotonic_ns"] for row in project.stack.sim_requests() if row["id"] in left}
-        return found if len(found) == ABORTS and all(found.values()) else None
-
-    cancelled: dict[str, int] = wait_until(seen, what="the provider's seeing all cancels")
     latencies_ms = sorted((at_ns - left[request_id]) / 1e6 for request_id, at_ns in cancelled.items())
     print(
         f"\n{front.name}, {wire}: abort to the provider's seeing it p50 {latencies_ms[ABORTS // 2]:.1f} ms,"

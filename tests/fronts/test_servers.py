@@ -15,6 +15,8 @@ from stack import Project, Stack, process, wait_until
 
 QUESTION: list[Any] = [{"role": "user", "content": "Tell me a story."}]
 PROMPT_TOKENS = 12
+TIMEOUT = httpx.Timeout(30)
+"""The first question of a model loads its vocabulary, on a machine that may be busy."""
 _HERE = str(Path(__file__).parent)
 _SERVERS = {
     "uvicorn": ["--app-dir", _HERE, "--host", "127.0.0.1", "--log-level", "warning"],
@@ -80,7 +82,7 @@ def _streamed(project: Project, **sim: Any) -> dict[str, Any]:
 def test_a_streamed_chat(url: str, project: Project) -> None:
     asked = _streamed(project, output_tokens=50)
     asked["headers"]["Origin"] = "https://shop.example"
-    answer = httpx.post(url + "/v1/chat/completions", **asked)
+    answer = httpx.post(url + "/v1/chat/completions", timeout=TIMEOUT, **asked)
     assert answer.status_code == 200
     assert answer.headers["access-control-allow-origin"] == "https://shop.example"
     names = [name.lower() for name, _ in answer.headers.multi_items()]
@@ -94,14 +96,14 @@ def test_a_streamed_chat(url: str, project: Project) -> None:
 
 def test_chunks_are_sent_when_they_come(url: str, project: Project) -> None:
     asked = _streamed(project, output_tokens=10_000, chunk_interval_ms=10)
-    with httpx.stream("POST", url + "/v1/chat/completions", timeout=30, **asked) as answer:
+    with httpx.stream("POST", url + "/v1/chat/completions", timeout=TIMEOUT, **asked) as answer:
         pieces = answer.iter_raw()
         brought = [next(pieces).count(b"data: ") for _ in range(50)]
     assert sum(brought) / len(brought) < 3
 
 
 def test_a_whole_answer(url: str, project: Project) -> None:
-    answer = httpx.post(url + "/v1/chat/completions", **_request(project, output_tokens=20))
+    answer = httpx.post(url + "/v1/chat/completions", timeout=TIMEOUT, **_request(project, output_tokens=20))
     assert answer.json()["usage"]["completion_tokens"] == 20
     (row,) = project.settled()
     assert (row["outcome"], row["output_tokens"]) == ("completed", 20)
@@ -110,12 +112,14 @@ def test_a_whole_answer(url: str, project: Project) -> None:
 def test_a_budget_that_ends_in_the_middle(url: str, stack: Stack) -> None:
     project = stack.project(limit_usd="0.00006")
     _until_it_knows(url, project)
-    answer = httpx.post(url + "/v1/chat/completions", **_streamed(project, output_tokens=10_000, chunk_interval_ms=1))
+    answer = httpx.post(
+        url + "/v1/chat/completions", timeout=TIMEOUT, **_streamed(project, output_tokens=10_000, chunk_interval_ms=1)
+    )
     assert answer.status_code == 200
     *_, terminal, done, rest = answer.text.split("\n\n")
     assert (done, rest) == ("data: [DONE]", "")
     assert json.loads(terminal.removeprefix("data: "))["error"]["code"] == "quota_exceeded"
-    refused = httpx.post(url + "/v1/chat/completions", **_streamed(project))
+    refused = httpx.post(url + "/v1/chat/completions", timeout=TIMEOUT, **_streamed(project))
     assert refused.status_code == 402
     row = project.settled()[0]
     assert 0 < row["amount_pico"] <= 60_000_000
@@ -123,7 +127,10 @@ def test_a_budget_that_ends_in_the_middle(url: str, stack: Stack) -> None:
 
 def test_a_client_that_leaves_stops_the_provider(url: str, project: Project) -> None:
     with httpx.stream(
-        "POST", url + "/v1/chat/completions", **_streamed(project, output_tokens=10_000, chunk_interval_ms=5)
+        "POST",
+        url + "/v1/chat/completions",
+        timeout=TIMEOUT,
+        **_streamed(project, output_tokens=10_000, chunk_interval_ms=5),
     ) as answer:
         lines = answer.iter_lines()
         for _ in range(20):
