@@ -7,6 +7,7 @@ them.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -31,6 +32,7 @@ ARCHIVE = "BEHEST_IMAGE_ARCHIVE"
 """The variable that names an OCI archive of the image (tagged as `NAME`): then nothing is built."""
 _OWN_BASE = "localhost/behest-base:bookworm"
 NAME = "localhost/behest:test"
+"""In the archive. In the storage, which runs beside each other share, each builds under a name of its own."""
 USER = "65532:65532"
 NEEDED = {
     "buildah": "buildah",
@@ -109,20 +111,23 @@ def _build(folder: Path) -> Path:
     environment = {"BUILDAH": buildah, "BUILDER": buildah, "BUILDAH_ISOLATION": "chroot"}
     base = os.environ.get(BASE, _OWN_BASE)
     if base == _OWN_BASE:
-        known = _run([*buildah.split(), "images", "--format", "{{.Name}}:{{.Tag}}"], environment).split()
-        if base not in known:
-            _run([str(IMAGES / "base-without-registry.sh"), base], environment)
+        with (cache / "base.lock").open("w") as lock:  # runs beside each other make it once
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            known = _run([*buildah.split(), "images", "--format", "{{.Name}}:{{.Tag}}"], environment).split()
+            if base not in known:
+                _run([str(IMAGES / "base-without-registry.sh"), base], environment)
     options = ["--build-arg", f"BASE={base}"]
     for variable in ("PIP_INDEX_URL", "PIP_CERT"):
         if value := os.environ.get(variable):
             options += ["--build-arg", f"{variable}={value}"]
             options += ["--volume", f"{value}:{value}:ro"] if variable == "PIP_CERT" else []
-    _run([str(IMAGES / "build.sh"), NAME, *options], environment)
+    built = f"{NAME}-{folder.name.lower()}"
+    _run([str(IMAGES / "build.sh"), built, *options], environment)
     archive = folder / "image.tar"
     try:
-        _run([*buildah.split(), "push", "--quiet", NAME, f"oci-archive:{archive}:{NAME}"], environment)
+        _run([*buildah.split(), "push", "--quiet", built, f"oci-archive:{archive}:{NAME}"], environment)
     finally:
-        _run([*buildah.split(), "rmi", NAME], environment)
+        _run([*buildah.split(), "rmi", built], environment)
     return archive
 
 
