@@ -13,6 +13,10 @@ from playwright.sync_api import Browser, Page, expect
 from browser.site import Site
 from typescript.packages import install
 
+# Not those without an end, such as a spinner.
+_AT_REST = """Promise.all(document.getAnimations().filter((one) => isFinite(one.effect.getComputedTiming().endTime))
+  .map((one) => one.finished.catch(() => 0))).then(() => 0)"""
+
 _WATCH = """(readsText) => {
   const watched = { frames: [], growth: [], tasks: [], last: performance.now(), length: 0 };
   window.watched = watched;
@@ -23,13 +27,31 @@ _WATCH = """(readsText) => {
     const text = readsText ? document.querySelector('[data-testid=text]') : null;
     const length = text ? text.textContent.length : 0;
     watched.frames.push(now - watched.last);
-    if (length !== watched.length) watched.growth.push([now, length - watched.length]);
+    if (length !== watched.length) watched.growth.push([now, length - watched.length, watched.frames.length]);
     watched.last = now;
     watched.length = length;
     watched.handle = requestAnimationFrame(look);
   };
   watched.handle = requestAnimationFrame((now) => { watched.last = now; look(now); });
 }"""
+
+
+def watch_for(page: Page, test_id: str) -> None:
+    """From now on all that this element says is kept, also what is gone before anybody looks."""
+    page.evaluate(
+        """(id) => {
+          const said = (window.said = []);
+          const look = () => said.push(document.querySelector(`[data-testid=${id}]`)?.textContent ?? '');
+          new MutationObserver(look).observe(document.body, { childList: true, subtree: true, characterData: true });
+        }""",
+        test_id,
+    )
+
+
+def said(page: Page) -> list[str]:
+    """What was kept of it, in order, each thing once in a row."""
+    found: list[str] = page.evaluate("() => window.said.filter((text, index, all) => text !== all[index - 1])")
+    return found
 
 
 @contextmanager
@@ -67,8 +89,8 @@ class Watched(msgspec.Struct, frozen=True):
     """From each frame to the next."""
     tasks: list[float]
     """The scripts and layouts that took longer than 50 ms: what the page itself does to a frame."""
-    growth: list[tuple[float, int]]
-    """When the text grew, and by how much."""
+    growth: list[tuple[float, int, int]]
+    """When the text grew, by how much, and which of the frames ended there, counted from 1."""
 
 
 def watch(page: Page, *, reads_text: bool = True) -> None:
@@ -82,9 +104,13 @@ def watched(page: Page) -> Watched:
 
 
 def violations(page: Page, repository: Path) -> list[str]:
-    """What axe says of the page as it is, in its words: the rules of WCAG 2.2 A and AA, and its best practices."""
+    """What axe says of the page as it is, in its words: the rules of WCAG 2.2 A and AA, and its best practices.
+
+    What rises or fades is waited for: what is half transparent has no contrast of its own.
+    """
     script = install(repository / "tests" / "browser" / "axe") / "node_modules" / "axe-core" / "axe.min.js"
     if not page.evaluate("'axe' in window"):
         page.add_script_tag(path=script)
+    page.evaluate(_AT_REST)
     found = page.evaluate("axe.run().then((told) => told.violations)")
     return [f"{one['id']}: {one['nodes'][0]['html'][:160]} {one['nodes'][0]['failureSummary']}" for one in found]

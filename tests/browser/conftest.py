@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser
+from playwright.sync_api import Browser, expect
 
 from browser.beside import StackBeside, beside
 from browser.chromium import BrowserMissing, running
@@ -15,6 +15,9 @@ from conftest import Server, execute
 from proxy.certificates import self_signed
 from stack import Project, running_stack
 from typescript.packages import install, run
+
+expect.set_options(timeout=20_000)
+"""Its own five seconds are short on a machine that is busy."""
 
 
 @pytest.fixture(scope="module")

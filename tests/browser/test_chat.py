@@ -1,7 +1,6 @@
 """The chat of `examples/chat` in a real browser, built for production, against a real gateway."""
 
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,14 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from browser.beside import StackBeside
-from browser.chat_page import ask, ended, opened, violations, watch, watched
+from browser.chat_page import ask, ended, opened, said, violations, watch, watch_for, watched
 from browser.long_answer import TOKENS, play
 from browser.site import Site
 from cutter import cutting
 from stack import Project, wait_until
 
 BURST_TOKENS, BURST_INTERVAL_MS = 50, 400
+SMOOTH_FRAME_MS = 100
 
 
 @pytest.fixture
@@ -51,14 +51,15 @@ def test_bursts_of_fifty_tokens_are_shown_evenly(browser: Browser, chat: Site) -
         watch(page)
         ask(page)
         ended(page)
-        growth = watched(page).growth
-    whole = sum(length for _, length in growth)
-    burst = whole / (500 / BURST_TOKENS)
-    later = [length for time, length in growth if time > growth[0][0] + 2 * BURST_INTERVAL_MS]
-    assert max(later) < burst / 2, "no burst is seen as one"
-    pauses = [after - before for (before, _), (after, _) in pairwise(growth)]
-    assert sorted(pauses)[len(pauses) // 2] < 60, "text moves in nearly every frame"
-    assert len(growth) > 5 * (500 / BURST_TOKENS)
+        seen = watched(page)
+    growth = seen.growth
+    burst = sum(length for _, length, _ in growth) / (500 / BURST_TOKENS)
+    for time_ms, length, frame in growth:
+        if time_ms > growth[0][0] + 2 * BURST_INTERVAL_MS:
+            # A frame that the machine was late with may show what is due by then.
+            late = max(1.0, seen.frames[frame - 1] / SMOOTH_FRAME_MS)
+            assert length < late * burst / 2, "no burst is seen as one"
+    assert len(growth) > (growth[-1][2] - growth[0][2]) / 2, "text moves in nearly every frame"
 
 
 def test_the_budget_ends_in_the_middle_and_what_was_read_stays(browser: Browser, poor: Site, repository: Path) -> None:
@@ -71,7 +72,6 @@ def test_the_budget_ends_in_the_middle_and_what_was_read_stays(browser: Browser,
         assert read.startswith("This is simulated text")
         assert len(read) > 200
         assert page.evaluate("document.querySelector('dialog').contains(document.activeElement)")
-        page.wait_for_timeout(400)  # it has risen: what is half transparent has no contrast of its own
         assert violations(page, repository) == []
         page.keyboard.press("Escape")
         expect(dialog).to_be_hidden()
@@ -116,9 +116,10 @@ def test_a_network_that_is_cut_is_told_of_and_the_answer_is_whole(
     with cutting(gateway.base_url, [4_000, 14_000, 9_000, 12_000]) as network:
         chat.speak_for(project, base_url=network.base_url)
         with opened(browser, chat, sim=sim) as page:
+            watch_for(page, "connection")
             ask(page)
-            expect(page.get_by_test_id("connection")).to_contain_text("Reconnecting", timeout=20_000)
             ended(page)
+            assert any("Reconnecting" in told for told in said(page)), "it lasts for half a second"
             assert text_of(page) == whole
             expect(page.get_by_test_id("connection")).to_be_empty()
         assert network.done >= 1
@@ -246,9 +247,10 @@ def test_a_screen_reader_is_told_whole_sentences_of_the_answer(browser: Browser,
 def test_fifty_thousand_tokens_keep_the_page_alive_and_small(browser: Browser, chat: Site, project: Project) -> None:
     """Its frames are measured by `make bench-page`: here nobody knows what else the machine does, and only a page that
     hangs is a fault."""
-    before = len(project.settled())
     played = play(browser, chat, interval_ms=1)
-    assert project.settled(number=before + 1)[-1]["output_tokens"] >= TOKENS
+    wait_until(
+        lambda: any(row["output_tokens"] >= TOKENS for row in project.settled()), what="the settling of the long answer"
+    )
     assert played.p99_ms < 1_000
     assert played.heap_bytes < 40 * 2**20
     assert played.heap_left_bytes < 20 * 2**20, "a chat that was left stays as its text only"
