@@ -12,11 +12,12 @@ from cutter import cutting
 from stack import Project, wait_until
 
 TOKENS = 200
-SIM = {"output_tokens": TOKENS, "chunk_interval_ms": 4, "continue_assistant": True}
+SIM = {"output_tokens": TOKENS, "chunk_interval_ms": 10, "continue_assistant": True}
 CUTS = 50
-CUT_BYTES = (600, 6000)
-"""After so many bytes of an answer. Five times that is less than the whole, so that its end is never lost: were the
-last event in flight, the reply would be whole for the gateway and the same call a new turn (docs/threads.md)."""
+CUT_BYTES = (600, 4500)
+"""After so many bytes of an answer. Five times that is half of the whole, so that its end is never lost, also where a
+busy machine tells the gateway of a cut a second later: were the last event in flight, the reply would be whole for the
+gateway and the same call a new turn (docs/threads.md)."""
 CHUNKS_IN_FLIGHT = 60
 """What one broken connection may swallow here; a chunk is a token."""
 
