@@ -21,7 +21,7 @@ def project(stack: Stack) -> Project:
 
 
 def _charged(project: Project, session: str, *, tokens: int) -> list[int]:
-    """What each attempt of a session was charged, once it is so much in all: each is settled on its own, a moment later."""
+    """What each attempt of a session was charged, once it is so much in all: each is settled on its own, beside it."""
 
     def found() -> list[int] | None:
         rows = [row["output_tokens"] for row in project.settled() if row["session_id"] == session]

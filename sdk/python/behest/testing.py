@@ -176,7 +176,7 @@ class _Server(socketserver.ThreadingTCPServer):
     allow_reuse_address = True
     block_on_close = False
     request_queue_size = 1024
-    """The usual 5 make a crowd wait: the kernel drops whom the queue has no room for, and he knocks again a second later."""
+    """The usual 5 make a crowd wait: who finds no room in the queue is dropped, and knocks again in a second."""
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         del request, client_address
