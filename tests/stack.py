@@ -36,9 +36,18 @@ from behest_proxy.identity.keys import SigningKey
 BEHEST = [sys.executable, "-I", "-m", "behest_proxy.cli.main"]
 _CHEAP_HASHER = PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)
 _numbers = count(1)
+_DAY_S = 86_400
 
 
-def wait_until(is_so: Callable[[], Any], *, timeout_s: float = 30.0, what: str = "it") -> Any:
+_PROBE = """
+apiVersion: behest.ai/v1alpha1
+kind: Project
+metadata: {{name: probe, namespace: probe}}
+spec: {{allowedOrigins: ["{origin}"]}}
+"""
+
+
+def wait_until(is_so: Callable[[], Any], *, timeout_s: float = 60.0, what: str = "it") -> Any:
     """Poll until something is true, and return it. Fails loudly, never silently, when it does not come."""
     deadline_s = time.monotonic() + timeout_s
     while time.monotonic() < deadline_s:
@@ -46,6 +55,16 @@ def wait_until(is_so: Callable[[], Any], *, timeout_s: float = 30.0, what: str =
             return found
         time.sleep(0.02)
     raise AssertionError(f"{what} did not happen within {timeout_s} s")
+
+
+def within_one(period_s: int, *, takes_s: float) -> None:
+    """Wait for the next such period of the clock (UTC) where this one ends too soon for what follows.
+
+    Windows of budgets begin with days, hours and minutes: what is counted in one must not begin in the one before.
+    """
+    left_s = period_s - time.time() % period_s
+    if left_s < takes_s:
+        time.sleep(left_s + 0.01)
 
 
 @contextmanager
@@ -101,6 +120,15 @@ class Project:
         answer = httpx.get(self.stack.base_url + "/v1/budgets", headers={"Authorization": f"Bearer {token}"})
         answer.raise_for_status()
         return {row["budget"].partition("/")[2]: row for row in answer.json()["data"]}
+
+    def all_settled(self) -> list[dict[str, Any]]:
+        """All of the project's ended requests, once none of its tenant runs any more; there must be one.
+
+        A client has its answer before the books have its charge: that is written beside, some milliseconds later.
+        """
+        open_ones = "SELECT FROM ledger.hold WHERE tenant_id = $1 AND state IN ('open', 'suspense')"
+        wait_until(lambda: not self.stack.query(open_ones, self.namespace), what=f"the ends in {self.project_id}")
+        return self.settled()
 
     def settled(self, *, number: int = 1) -> list[dict[str, Any]]:
         """The project's ended requests, oldest first, once there are so many of them."""
@@ -200,7 +228,19 @@ class Stack:
     def apply(self, text: str) -> None:
         """Write manifests and wait until the sidecar has read them."""
         self.run(apply_text(self.dsn, text))
-        time.sleep(1.0)  # the sidecar polls twice a second, and this machine may be busy
+        self.wait_until_read()
+
+    def wait_until_read(self) -> None:
+        """Until the sidecar has read all that was applied so far: it lets an origin in that was allowed after that."""
+        origin = f"https://probe-{next(_numbers)}.example"
+        self.run(apply_text(self.dsn, _PROBE.format(origin=origin)))
+        headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+
+        def is_read() -> bool:
+            preflight = httpx.options(self.base_url + "/v1/chat/completions", headers=headers)
+            return bool(preflight.headers.get("access-control-allow-origin") == origin)
+
+        wait_until(is_read, what="the sidecar's reading of the configuration")
 
     def project(
         self,
@@ -217,6 +257,7 @@ class Stack:
 
         Its tenant is its namespace. Not served: this sidecar's database role may not act for that.
         """
+        within_one(_DAY_S, takes_s=20.0)
         namespace = namespace or f"t{next(_numbers)}"
         self.run(
             apply_text(
@@ -268,9 +309,9 @@ spec:
         made.wait_until_served()
         return made
 
-    def sim_requests(self) -> list[dict[str, Any]]:
-        """What the simulator saw, oldest first."""
-        answer = httpx.get(self.sim_url.removesuffix("/v1") + "/sim/requests?limit=10000")
+    def sim_requests(self, *, last: int = 10_000) -> list[dict[str, Any]]:
+        """What the simulator saw last, oldest first."""
+        answer = httpx.get(self.sim_url.removesuffix("/v1") + "/sim/requests", params={"limit": last})
         found: list[dict[str, Any]] = answer.json()
         return found
 

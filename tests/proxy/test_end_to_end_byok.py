@@ -163,7 +163,9 @@ def test_an_upstream_elsewhere_does_not_get_a_key_of_the_environment(project: Pr
 def test_without_a_key_of_its_own_a_project_calls_with_what_the_manifest_names(project: Project) -> None:
     stack, master_key = project.stack, project.stack.log.parent / "master-key"
     other = stack.project(
-        upstream_url=stack.query("SELECT spec ->> 'baseURL' AS url FROM ledger.upstream LIMIT 1")[0]["url"],
+        upstream_url=stack.query(
+            "SELECT spec ->> 'baseURL' AS url FROM ledger.upstream WHERE namespace = $1", project.namespace
+        )[0]["url"],
         upstream="  byok: true\n  credentials: {env: KEY_OF_THE_MANIFEST}",
     )
     assert "Bearer sk-of-the-manifest" in asked(other).text

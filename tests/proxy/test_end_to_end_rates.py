@@ -1,14 +1,13 @@
 """What a tier's caller is told of its rates, on answers, streams and refusals."""
 
 import re
-import time
 from typing import Any
 
 import httpx
 
 from behest_ledger.configuration.tiers import BUILTIN, builtin_tiers
 from behest_ledger.store.configuration import apply_manifests
-from stack import Project, Stack
+from stack import Project, Stack, within_one
 
 BODY = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 20, "sim": {"output_tokens": 9}}
 
@@ -32,9 +31,8 @@ def told(answer: httpx.Response) -> dict[str, str]:
 def test_a_built_in_tier_is_told_with_every_answer_and_at_its_end_refuses(stack: Stack) -> None:
     project = stack.project()
     stack.run(apply_manifests(stack.dsn, builtin_tiers(project.namespace), default_tenant=project.namespace))
-    time.sleep(0.6)
-    if time.time() % 60 > 40:
-        time.sleep(60 - time.time() % 60)  # all of it within one minute of the clock
+    stack.wait_until_read()
+    within_one(60, takes_s=20)
     token = project.mint(tier=1)
     first = told(asked(project, token))
     assert (first["limit-requests"], first["remaining-requests"]) == ("10", "9")

@@ -19,6 +19,7 @@ import openai
 import pytest
 
 from behest_ledger.sealing import tenant_key
+from behest_ledger.store.configuration import apply_text
 from behest_ledger.store.pool import connect
 from behest_ledger.store.provider_keys import put_key, upstream_place
 from behest_ledger.store.roles import create_role, drop_role, list_roles
@@ -159,7 +160,7 @@ def pod(template: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
                 await connection.close()
 
         stack.run(seal())
-        stack.apply(MANIFESTS.replace("SIM", stack.sim_url).replace("ECHO", echo_url))
+        stack.run(apply_text(dsn, MANIFESTS.replace("SIM", stack.sim_url).replace("ECHO", echo_url)))
         found = Pod(stack, f"http://127.0.0.1:{port}", folder)
 
         def is_known() -> bool:
