@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from behest_proxy.cli.main import main
-from stack import Project, Stack, wait_until
+from stack import Project, Stack, wait_until, within_one
 
 BODY = {"messages": [{"role": "user", "content": "hi"}], "sim": {"output_tokens": 9}}
 TEAM = "  attribution: {{team: {team}, costCenter: CC-7}}"
@@ -58,6 +58,7 @@ def project(stack: Stack) -> Project:
 
     def has_changed() -> bool:
         spend(made, "s2")
+        made.all_settled()
         return any('"ads"' in row["Tags"] for row in bill(made, "&per_session=true"))
 
     wait_until(has_changed, what="the new team")
@@ -78,7 +79,11 @@ def test_the_sum_is_the_ledgers_by_session_or_not(project: Project, version: str
         assert {row["SkuMeter"] for row in rows} == {"Input Tokens", "Output Tokens"}
 
 
-def test_without_an_end_it_ends_with_the_last_hour_that_is_over(project: Project) -> None:
+def test_without_an_end_it_ends_with_the_last_hour_that_is_over(stack: Stack) -> None:
+    within_one(3600, takes_s=10)
+    project = stack.project()
+    spend(project, "s1")
+    project.settled()
     answer = ask(project, f"from={datetime.now(UTC) - timedelta(hours=9):%Y-%m-%dT%H:00:00Z}")
     assert answer.status_code == 200, answer.text
     assert len(answer.text.splitlines()) == 1, "what was spent just now is of an hour that runs"

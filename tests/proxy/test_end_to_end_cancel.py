@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -13,6 +14,11 @@ from stack import Project, Stack, wait_until
 
 QUESTION: list[Any] = [{"role": "user", "content": "Tell me a story."}]
 PROMPT_TOKENS = 12
+WAITS = """
+SELECT FROM pg_stat_activity
+WHERE datname = current_database() AND wait_event_type = 'Lock' AND query LIKE '%ledger.admit_%'
+"""
+"""The admissions that wait for a lock."""
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +32,18 @@ def http(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 
 async def _leave_after(
-    project: Project, http: dict[str, Any], *, chunks: int | None, after_s: float = 0.0, **body: Any
+    project: Project,
+    http: dict[str, Any],
+    *,
+    chunks: int | None = None,
+    when: Callable[[], Any] = lambda: False,
+    **body: Any,
 ) -> str:
-    """Begin a call, leave after so many chunks (None: without waiting for the head), and return the request id."""
-    request_id = ""
+    """Begin a call, leave after so many chunks or when something is so, and return the request id.
+
+    It is empty where the client left before the head of the answer came.
+    """
+    request_id, token = "", project.mint()
     async with httpx.AsyncClient(base_url=project.stack.base_url, **http) as client:
 
         async def read() -> None:
@@ -37,7 +51,7 @@ async def _leave_after(
             async with client.stream(
                 "POST",
                 "/v1/chat/completions",
-                headers={"Authorization": f"Bearer {project.mint()}"},
+                headers={"Authorization": f"Bearer {token}"},
                 json={"model": "gpt-4o-mini", "messages": QUESTION, **body},
                 timeout=30,
             ) as answer:
@@ -47,12 +61,35 @@ async def _leave_after(
                     if line.startswith("data: ") and (seen := seen + 1) == chunks:
                         return
 
+        reading = asyncio.create_task(read())
         if chunks is None:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(read(), after_s)
-        else:
-            await read()
+            await asyncio.to_thread(wait_until, when, what="the moment to leave")
+            assert not reading.done()
+            reading.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await reading
     return request_id
+
+
+def _at_the_provider(project: Project, *, tokens: int = 0) -> Callable[[], bool]:
+    """Whether the next call is with the provider, which has said so many tokens of its answer."""
+    before = [seen["id"] for seen in project.stack.sim_requests(last=1)]
+
+    def is_so() -> bool:
+        for seen in project.stack.sim_requests(last=1):
+            is_new = seen["id"] not in before
+            return is_new and seen["outcome"] == "open" and seen["output_tokens_sent"] >= tokens
+        return False
+
+    return is_so
+
+
+def _provider_sees_the_cancel(project: Project, request_id: str) -> dict[str, Any]:
+    found: dict[str, Any] = wait_until(
+        lambda: (seen := project.stack.sim_request(request_id)) and seen["outcome"] == "cancelled" and seen,
+        what="the provider's seeing the cancel",
+    )
+    return found
 
 
 def _last(project: Project, before: int) -> dict[str, Any]:
@@ -68,10 +105,7 @@ def test_leaving_between_chunks_pays_the_input_and_what_was_forwarded(project: P
     request_id = asyncio.run(
         _leave_after(project, http, chunks=20, stream=True, sim={"output_tokens": 10_000, "chunk_interval_ms": 5})
     )
-    seen = wait_until(
-        lambda: (found := project.stack.sim_request(request_id)) and found["outcome"] == "cancelled" and found,
-        what="the provider's seeing the cancel",
-    )
+    seen = _provider_sees_the_cancel(project, request_id)
     row = _last(project, before)
     assert (row["outcome"], row["source"], row["input_tokens"]) == ("client_cancelled", "local", PROMPT_TOKENS)
     # The first chunk names the role: 19 with text were read. What is in flight when the client leaves is paid too.
@@ -81,22 +115,22 @@ def test_leaving_between_chunks_pays_the_input_and_what_was_forwarded(project: P
 
 def test_leaving_before_the_first_byte_pays_the_input(project: Project, http: dict[str, Any]) -> None:
     before = _count(project)
-    asyncio.run(_leave_after(project, http, chunks=None, after_s=0.5, stream=True, sim={"head_delay_ms": 60_000}))
+    when = _at_the_provider(project)
+    asyncio.run(_leave_after(project, http, when=when, stream=True, sim={"head_delay_ms": 60_000}))
     row = _last(project, before)
     assert (row["outcome"], row["source"]) == ("client_cancelled", "local")
     assert (row["input_tokens"], row["output_tokens"]) == (PROMPT_TOKENS, 0)
-    assert project.stack.sim_requests()[-1]["outcome"] == "cancelled"
+    _provider_sees_the_cancel(project, row["request_id"])
 
 
 def test_leaving_a_call_that_does_not_stream_stops_the_provider_too(project: Project, http: dict[str, Any]) -> None:
     before = _count(project)
-    asyncio.run(
-        _leave_after(project, http, chunks=None, after_s=0.6, sim={"output_tokens": 4000, "chunk_interval_ms": 10})
-    )
+    when = _at_the_provider(project, tokens=20)
+    asyncio.run(_leave_after(project, http, when=when, sim={"output_tokens": 4000, "chunk_interval_ms": 10}))
     row = _last(project, before)
     assert (row["outcome"], row["source"]) == ("client_cancelled", "local")
     assert 0 < row["output_tokens"] < 1000
-    assert project.stack.sim_requests()[-1]["outcome"] == "cancelled"
+    _provider_sees_the_cancel(project, row["request_id"])
 
 
 def test_leaving_while_the_ledger_is_asked_costs_nothing_and_never_reaches_the_provider(
@@ -115,7 +149,7 @@ def test_leaving_while_the_ledger_is_asked_costs_nothing_and_never_reaches_the_p
                 await connection.execute(
                     "SELECT 1 FROM ledger.budget_window WHERE tenant_id = $1 FOR UPDATE", project.namespace
                 )
-                await _leave_after(project, http, chunks=None, after_s=0.5, stream=True)
+                await _leave_after(project, http, when=lambda: stack.query(WAITS), stream=True)
         finally:
             await connection.close()
 

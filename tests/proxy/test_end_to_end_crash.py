@@ -63,7 +63,7 @@ def _held(stack: Stack, project: Project) -> int:
 
 def test_a_killed_sidecar_settles_its_streams_when_it_comes_back(database: str, tmp_path: Path) -> None:
     with running_stack(database, tmp_path, BEHEST_JOURNAL_DIR=str(tmp_path / "journal")) as stack:
-        project = stack.project(limit_usd="0.05")
+        project = stack.project()
         token = project.mint()
         randomness = random.Random(7)
         readers: list[_Reader] = []

@@ -35,8 +35,8 @@ def stacks(database: str, tmp_path: Path) -> Iterator[list[Stack]]:
             assert one.verify().findings == []
 
 
-async def story(project: Project, token: str, tokens: int) -> str:
-    """Stream to the end; how it ended."""
+async def story(project: Project, token: str, tokens: int, begun: asyncio.Semaphore | None = None) -> str:
+    """Stream to the end; how it ended. At its first text, or its end, it releases `begun`."""
     async with openai.AsyncOpenAI(
         base_url=project.stack.base_url + "/v1", api_key=token, max_retries=0, timeout=60
     ) as client:
@@ -45,9 +45,14 @@ async def story(project: Project, token: str, tokens: int) -> str:
             async for _ in await client.chat.completions.create(
                 model="gpt-4o-mini", messages=QUESTION, stream=True, extra_body={"sim": sim}
             ):
-                pass
+                if begun is not None:
+                    begun.release()
+                    begun = None
         except openai.APIError as error:
             return str(error.code)
+        finally:
+            if begun is not None:
+                begun.release()
     return "completed"
 
 
@@ -55,8 +60,9 @@ def test_streams_of_two_sidecars_outlive_sessions_that_end(stacks: list[Stack], 
     projects = [stack.project() for stack in stacks]
     tokens = [[project.mint(session=f"s{number}") for number in range(10)] for project in projects]
 
-    async def kill_sessions() -> int:
-        owner = await connect(database)
+    async def kill_sessions(owner: Any, begun: asyncio.Semaphore) -> int:
+        for _ in range(20):
+            await begun.acquire()  # an admission whose session ends is no stream
         killed = 0
         for _ in range(5):
             await asyncio.sleep(0.4)
@@ -64,15 +70,19 @@ def test_streams_of_two_sidecars_outlive_sessions_that_end(stacks: list[Stack], 
                 "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE usename LIKE 'test\\_%'"
                 " AND datname = current_database()"
             )
-        await owner.close()
         return int(killed)
 
     async def main() -> tuple[list[str], int]:
-        killing = asyncio.create_task(kill_sessions())
+        owner = await connect(database)
+        begun = asyncio.Semaphore(0)
+        killing = asyncio.create_task(kill_sessions(owner, begun))
         stories = [
-            story(project, token, 1500) for project, mine in zip(projects, tokens, strict=True) for token in mine
+            story(project, token, 1500, begun) for project, mine in zip(projects, tokens, strict=True) for token in mine
         ]
-        return list(await asyncio.gather(*stories)), await killing
+        try:
+            return list(await asyncio.gather(*stories)), await killing
+        finally:
+            await owner.close()
 
     ends, killed = stacks[0].run(main())
     assert killed >= 5, "the sidecars have sessions through the pooler"
@@ -87,5 +97,4 @@ def test_streams_of_two_sidecars_outlive_sessions_that_end(stacks: list[Stack], 
     time.sleep(0.1)
     for project in projects:
         assert stacks[0].run(story(project, project.mint(session="later"), 50)) == "completed"
-        rows = wait_until(project.settled)
-        assert rows[-1]["outcome"] == "completed"
+        assert project.all_settled()[-1]["outcome"] == "completed"

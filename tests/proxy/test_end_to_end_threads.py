@@ -1,6 +1,5 @@
 """Threads against the whole system: what is remembered, for whom, and that a broken reply goes on."""
 
-import asyncio
 import random
 import threading
 from collections.abc import Generator
@@ -13,8 +12,7 @@ import httpx
 import openai
 import pytest
 
-from behest_ledger.store.pool import connect
-from proxy.thread_clients import HI, Heard, Reader, messages_of, sent_to_the_provider, texts
+from proxy.thread_clients import HI, Heard, Reader, messages_of, nothing_written, sent_to_the_provider, texts
 from stack import Project, Stack, wait_until
 
 
@@ -187,28 +185,6 @@ def test_who_has_the_answer_finds_it_in_the_thread_at_once(reader: Reader, more:
 
 
 @contextmanager
-def store_written_late(stack: Stack, *, by_s: float) -> Generator[None]:
-    """What is written to threads waits, and reading does not."""
-    locked = threading.Event()
-
-    async def hold() -> None:
-        connection = await connect(stack.dsn)
-        try:
-            async with connection.transaction():
-                await connection.execute("LOCK TABLE ledger.thread IN SHARE ROW EXCLUSIVE MODE")
-                locked.set()
-                await asyncio.sleep(by_s)
-        finally:
-            await connection.close()
-
-    with ThreadPoolExecutor(1) as pool:
-        held = pool.submit(lambda: asyncio.run(hold()))
-        assert locked.wait(10)
-        yield
-        held.result(30)
-
-
-@contextmanager
 def others_speaking(project: Project) -> Generator[None]:
     """The writer of threads has something to write all the time: nobody's turn is written at once."""
     is_over = threading.Event()
@@ -244,7 +220,7 @@ def test_who_has_the_answer_finds_its_thread_and_can_delete_it_at_once(reader: R
 
 def test_what_cannot_be_written_yet_is_not_said_to_be_deleted(reader: Reader) -> None:
     thread = reader.headers["X-Thread-Id"]
-    with store_written_late(reader.project.stack, by_s=1.5):
+    with nothing_written(reader.project.stack, "thread"):
         reader.ask(HI, sim={"text": "Yes."})
         answer = reader.delete(f"/v1/threads/{thread}")
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "ledger_unavailable")
@@ -291,6 +267,7 @@ def test_clients_with_ids_that_lose_their_connections_again_and_again_read_the_u
     with ThreadPoolExecutor(6) as pool:
         cuts = list(pool.map(cut_again_and_again, repeat(project), names, map(random.Random, names)))
     assert sum(cuts) >= 20
+    project.all_settled()
     rows = stack.query(
         "SELECT attributes ->> 'thread' AS thread, sum(output_tokens) AS output, count(*) AS requests"
         " FROM ledger.request_now WHERE project_id = $1 GROUP BY 1",
@@ -299,7 +276,7 @@ def test_clients_with_ids_that_lose_their_connections_again_and_again_read_the_u
     assert sorted(row["thread"] for row in rows) == sorted(names)
     whole = Reader(project, "uncut").stream(HI, sim=SLOW)
     assert whole.text == TEXT
-    exactly = project.settled(number=sum(row["requests"] for row in rows) + 1)[-1]["output_tokens"]
+    exactly = project.all_settled()[-1]["output_tokens"]
     # What is delivered is billed once; a word that was cut in two by a provider's restart may be one token more.
     for row in rows:
         assert exactly <= row["output"] <= exactly + row["requests"], row
@@ -315,8 +292,8 @@ def test_without_ids_a_reply_that_the_provider_broke_goes_on_where_it_was(reader
     sent = sent_to_the_provider(reader.project, second)
     assert sent[-2] == {"role": "assistant", "content": first.text}
     assert "Continue it exactly where it ends" in sent[-1]["content"]
-    rows = [row for row in reader.project.settled(number=2) if "attempt" in row["facts"]]
-    assert rows[-1]["facts"]["attempt"] == 2
+    (row,) = [row for row in reader.project.all_settled() if row["request_id"] == second.headers["x-request-id"]]
+    assert row["facts"]["attempt"] == 2
     third = reader.stream(HI, sim={"text": "Another turn."})
     assert third.text == "Another turn."
     assert len(messages_of(reader, reader.headers["X-Thread-Id"], number=4)) == 4
@@ -364,13 +341,13 @@ def test_the_messages_of_a_thread_have_what_its_client_has_read_of_a_reply_that_
 def test_a_whole_reply_is_replayed_from_any_event_and_costs_nothing(reader: Reader) -> None:
     heard = reader.stream(HI, more={"X-Event-Ids": "1"}, sim={"text": "All of it is here."})
     messages_of(reader, reader.headers["X-Thread-Id"], number=2)
-    before = len(reader.project.settled())
+    before = len(reader.project.all_settled())
     for number in (0, 1, 3, len(heard.ids)):
         generation = heard.ids[0].split("-")[0]
         again = reader.stream(HI, more={"Last-Event-ID": f"{generation}-{number}"})
         assert (again.status, again.is_done, again.error) == (200, True, None)
         assert again.ids == heard.ids[number:]
-    assert len(reader.project.settled()) == before
+    assert len(reader.project.all_settled()) == before
     assert len(messages_of(reader, reader.headers["X-Thread-Id"], number=2)) == 2
 
 
@@ -425,7 +402,7 @@ def test_a_reply_that_still_runs_for_a_client_that_is_gone_unnoticed_is_taken_ov
         "POST",
         reader.base_url + "/v1/chat/completions",
         headers={**reader.headers, "X-Event-Ids": "1"},
-        json={"messages": [HI], "stream": True, "sim": {**SLOW, "chunk_interval_ms": 15}},
+        json={"messages": [HI], "stream": True, "sim": {**SLOW, "chunk_interval_ms": 120}},  # six seconds in all
         timeout=30,
     ) as answer:
         first = Heard()

@@ -1,11 +1,17 @@
 """A client of threads, and what it heard: for tests of what is kept."""
 
+import asyncio
 import json
+import threading
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
 
-from stack import Project, wait_until
+from behest_ledger.store.pool import connect
+from stack import Project, Stack, wait_until
 
 HI = {"role": "user", "content": "Hi"}
 
@@ -36,9 +42,14 @@ class Reader:
         )
 
     def stream(
-        self, *messages: Any, leave_after: int | None = None, more: dict[str, str] | None = None, **body: Any
+        self,
+        *messages: Any,
+        leave_after: int | None = None,
+        more: dict[str, str] | None = None,
+        begun: threading.Event | None = None,
+        **body: Any,
     ) -> "Heard":
-        """A call that streams; the client may leave after so many events."""
+        """A call that streams; its client may leave after so many events. `begun` is set at the first one."""
         heard = Heard()
         with httpx.stream(
             "POST",
@@ -56,6 +67,8 @@ class Reader:
                 return heard
             for line in answer.iter_lines():
                 heard.line(line)
+                if heard.events and begun is not None:
+                    begun.set()
                 if leave_after is not None and heard.events >= leave_after:
                     break
         return heard
@@ -111,3 +124,28 @@ def messages_of(reader: Reader, thread: str, *, number: int) -> list[dict[str, A
 
 def texts(messages: list[dict[str, Any]]) -> list[tuple[str, str]]:
     return [(message["role"], message["content"]) for message in messages]
+
+
+@contextmanager
+def nothing_written(stack: Stack, table: str) -> Generator[None]:
+    """What is written to this table of the ledger waits for the end of the block, and reading does not."""
+    is_locked, is_over = threading.Event(), threading.Event()
+
+    async def hold() -> None:
+        connection = await connect(stack.dsn)
+        try:
+            async with connection.transaction():
+                await connection.execute(f"LOCK TABLE ledger.{table} IN SHARE ROW EXCLUSIVE MODE")
+                is_locked.set()
+                await asyncio.to_thread(is_over.wait, 60)
+        finally:
+            await connection.close()
+
+    with ThreadPoolExecutor(1) as pool:
+        held = pool.submit(lambda: asyncio.run(hold()))
+        assert is_locked.wait(30)
+        try:
+            yield
+        finally:
+            is_over.set()
+            held.result(30)
