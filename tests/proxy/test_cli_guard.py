@@ -190,9 +190,9 @@ def test_a_child_that_others_still_need_lingers_when_its_owner_ends(tmp_path: Pa
     assert owner.stdout is not None
     child = int(owner.stdout.readline())
     assert eventually(lambda: "up\n" in (tmp_path / "log").read_text())
+    killed_s = time.monotonic()
     owner.kill()
     owner.wait()
     owner.stdout.close()
-    killed = time.monotonic()
     assert eventually(lambda: not alive(child))
-    assert time.monotonic() - killed > 0.5
+    assert time.monotonic() - killed_s >= 0.7
