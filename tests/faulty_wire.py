@@ -88,7 +88,9 @@ class FaultyWire:
         self._flows.set()
 
     def spoil(self, text: str, way: Way, *, times: int = 1) -> None:
-        """Do this to the next so many statements whose SQL contains the text."""
+        """Do this to the next so many statements whose SQL contains the text. Late ones wait for their own word."""
+        if way == "late":
+            self._late.clear()
         self._rules.append(_Rule(text=text.encode(), way=way, times=times))
 
     def let_late_ones_through(self) -> None:

@@ -52,6 +52,17 @@ class Prometheus:
         assert len({labels.get(label, "") for labels, _ in found}) == len(found), promql
         return {labels.get(label, ""): value for labels, value in found}
 
+    def wait_for_samples(self, since_s: float) -> None:
+        """Until the last look at every target came later than that (Unix seconds), and saw it.
+
+        A look that fails leaves a sample too, of `up` and of nothing else.
+        """
+
+        def are_there() -> bool:
+            return self.number("min(timestamp(up))") > since_s and self.number("sum(up)") == self.targets
+
+        wait_until(are_there, what="a sample of every target")
+
     def metadata(self) -> dict[str, str]:
         """The kind of each metric that was scraped."""
         data = httpx.get(self.url + "/api/v1/metadata", timeout=30).json()["data"]

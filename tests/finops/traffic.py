@@ -22,7 +22,7 @@ from behest_proxy.cli.preflight import free_port
 from conftest import Server, execute, own_database
 from finops.prometheus import SCRAPE_S, Prometheus, prometheus
 from readers import Reader
-from stack import BEHEST, Project, Stack, process, running_stack, wait_until
+from stack import BEHEST, Project, Stack, process, running_stack, wait_until, within_one
 
 TEAMS = {"search": "cc-7", "ads": "cc-9"}
 MODELS = ("gpt-4o-mini", "gpt-4o")
@@ -130,7 +130,7 @@ def settle(seen: Seen, number: int) -> None:
     """Wait until the ledger has so many requests, and Prometheus has seen them twice."""
     wait_until(lambda: seen.ledger("SELECT count(*)::int FROM ledger.request") == number, what=f"{number} requests")
     wait_until(lambda: ended(seen) == number, what="Prometheus's look at them")
-    time.sleep(2 * SCRAPE_S)
+    seen.prometheus.wait_for_samples(time.time() + SCRAPE_S)
 
 
 @contextmanager
@@ -182,6 +182,7 @@ def operator() -> Generator[tuple[str, OperatorWatch]]:
 @contextmanager
 def traffic(template: Server, folder: Path) -> Generator[Seen]:
     """A round of requests, so that every series is there, and then the ones that count; one goes on meanwhile."""
+    within_one(3600, takes_s=180)
     with (
         own_database(template, "dashboards") as dsn,
         running_stack(dsn, folder) as stack,
@@ -217,7 +218,7 @@ def traffic(template: Server, folder: Path) -> Generator[Seen]:
             settle(seen, 4 * len(TEAMS))
             seen.since_s = time.time()
             # What comes before the first sample in the window would be lost to `increase`.
-            wait_until(lambda: running.number("min(timestamp(up))") > seen.since_s, what="a sample before what counts")
+            running.wait_for_samples(seen.since_s)
             for times, team in enumerate(TEAMS, start=2):
                 round_of(projects[team], f"session-{team}", times)
             for _ in range(REVIEWED):
@@ -225,7 +226,7 @@ def traffic(template: Server, folder: Path) -> Generator[Seen]:
             for _ in range(RECONCILED):
                 operated.reconciled("Budget", "accepted", 0.01)
             long = Reader(
-                stack.base_url, projects["ads"].mint(session="long"), output_tokens=400, chunk_interval_ms=200
+                stack.base_url, projects["ads"].mint(session="long"), output_tokens=400, chunk_interval_ms=1000
             )
             long.begun()
             settle(seen, 4 * len(TEAMS) + 4 * (2 + 3))

@@ -4,6 +4,7 @@
 only in the folder it is installed in; and its exit status is 0 whatever it finds. All that is kept here.
 """
 
+import fcntl
 import re
 import shutil
 import subprocess
@@ -57,15 +58,17 @@ def python312() -> str | None:
 def _environment() -> Path:
     """The folder of its environment, made once."""
     folder = _CACHE / f"focus-validator-{VERSION}"
-    if not (folder / ".complete").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        python = python312()
-        assert python is not None
-        subprocess.run([python, "-m", "venv", str(folder)], check=True)
-        subprocess.run(
-            [folder / "bin" / "pip", "install", "--quiet", f"focus-validator=={VERSION}", "pyarrow<20"], check=True
-        )
-        (folder / ".complete").touch()
+    _CACHE.mkdir(parents=True, exist_ok=True)
+    with (_CACHE / f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another run may be making it just now
+        if not (folder / ".complete").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            python = python312()
+            assert python is not None
+            subprocess.run([python, "-m", "venv", str(folder)], check=True)
+            install = [str(folder / "bin" / "pip"), "install", "--quiet", "--retries", "10"]
+            subprocess.run([*install, f"focus-validator=={VERSION}", "pyarrow<20"], check=True)
+            (folder / ".complete").touch()
     return folder
 
 

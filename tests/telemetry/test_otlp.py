@@ -149,6 +149,9 @@ def test_metrics_say_what_the_ledger_says(told: tuple[Stack, Received]) -> None:
         lambda: sum(point.as_int or point.as_double for point in of_project("behest.stream.outcomes")) == 6,
         what="all requests in the metrics",
     )
+    # While they were read the last request may have been told in part: the next ones have all of it.
+    pushed = received.pushed_metrics
+    wait_until(lambda: received.pushed_metrics >= pushed + 2, what="what is pushed next")
     (cost,) = of_project("behest.cost")
     assert cost.as_double == pytest.approx(sum(row["amount_pico"] for row in rows) / 1e12, rel=1e-12)
     assert values(cost.attributes) == {
