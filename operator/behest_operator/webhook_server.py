@@ -118,7 +118,7 @@ async def run_server(
     config = _TlsConfig()
     config.context = context
     config.certfile, config.keyfile = str(certificate), str(key)
-    config.bind = [bind]
+    config.bind = _listening(config, bind)
     config.graceful_timeout = 5
     config.errorlog = None
     probe_config = Config()
@@ -130,6 +130,14 @@ async def run_server(
         reloading = group.create_task(_reload(context, certificate, key, watch))
         await stop.wait()
         reloading.cancel()
+
+
+def _listening(config: Config, bind: str) -> list[str]:
+    """Listen now, and let Hypercorn take the socket: whoever reads from the probes that all is well finds it there."""
+    config.bind = [bind]
+    (listener,) = config.create_sockets().secure_sockets
+    listener.listen(config.backlog)
+    return [f"fd://{listener.detach()}"]
 
 
 def _expires_at_s(certificate: Path) -> float:
@@ -159,7 +167,15 @@ async def _reload(context: ssl.SSLContext, certificate: Path, key: Path, watch: 
 
 
 def _stamp(*files: Path) -> list[bytes]:
-    return [file.read_bytes() if file.exists() else b"" for file in files]
+    return [_content(file) for file in files]
+
+
+def _content(file: Path) -> bytes:
+    """What is in it; nothing, where it cannot be read while it is exchanged."""
+    try:
+        return file.read_bytes()
+    except OSError:
+        return b""
 
 
 def add_parser(subparsers: Any) -> None:

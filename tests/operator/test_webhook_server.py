@@ -130,6 +130,14 @@ def test_a_new_certificate_is_served_without_a_refused_connection(
 
     async def work(server: Running) -> None:
         before = server.certificates
+
+        async def is_served(certificates: Certificates) -> bool:
+            try:
+                async with server.client(trusts=certificates) as client:
+                    return (await client.post("/inject", json=review_of(POD))).status_code == 200
+            except httpx.ConnectError:
+                return False
+
         async with server.client() as open_client:
             await open_client.post("/inject", json=review_of(POD))
             after = new_certificates()
@@ -140,16 +148,44 @@ def test_a_new_certificate_is_served_without_a_refused_connection(
             (tmp_path / "tls.key").unlink()
             await asyncio.sleep(0.1)
             server.use(after)
-            for _ in range(200):
-                try:
-                    async with server.client(trusts=after) as client:
-                        assert (await client.post("/inject", json=review_of(POD))).status_code == 200
-                        break
-                except httpx.ConnectError:
+            async with asyncio.timeout(30):
+                while not await is_served(after):
                     await asyncio.sleep(0.02)
-            else:
-                raise AssertionError("the new certificate was never served")
             assert (await open_client.post("/inject", json=review_of(POD))).status_code == 200
+
+    running(tmp_path, work)
+
+
+def test_whoever_reads_that_it_is_ready_is_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    serve = webhook_server.serve
+
+    async def slow_with_reviews(served: Any, config: Any, **options: Any) -> None:
+        if config.ssl_enabled:
+            await asyncio.sleep(0.3)
+        await serve(served, config, **options)
+
+    monkeypatch.setattr(webhook_server, "serve", slow_with_reviews)
+
+    async def work(server: Running) -> None:
+        async with server.client() as client:
+            assert (await client.post("/inject", json=review_of(POD))).status_code == 200
+
+    running(tmp_path, work)
+
+
+def test_a_file_that_cannot_be_read_while_it_is_exchanged_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(webhook_server, "RELOAD_S", 0.02)
+
+    async def work(server: Running) -> None:
+        (tmp_path / "tls.key").unlink()
+        (tmp_path / "tls.key").mkdir()
+        async with asyncio.timeout(30):
+            while "the certificate cannot be taken yet" not in caplog.text:
+                await asyncio.sleep(0.02)
+        async with server.client() as client:
+            assert (await client.post("/inject", json=review_of(POD))).status_code == 200
 
     running(tmp_path, work)
 
@@ -196,7 +232,8 @@ def test_reviews_and_the_end_of_the_certificate_are_in_its_metrics(
         assert numbers == {"injected": 2, "left": 1, "refused": 1, "invalid": 1}
         assert found["behest_webhook_duration_seconds_count"] == 5
         server.use(renewed(None, names=["localhost"], now=datetime.now(UTC) - timedelta(days=1)))
-        while (await told())[expiry] == leaf.not_valid_after_utc.timestamp():
-            await asyncio.sleep(0.02)
+        async with asyncio.timeout(30):
+            while (await told())[expiry] == leaf.not_valid_after_utc.timestamp():
+                await asyncio.sleep(0.02)
 
     running(tmp_path, work)
