@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 from cryptography import x509
+from hypercorn.asyncio import serve
 
 from behest_ledger.telemetry.meter import Meter
 from behest_operator import webhook_server
@@ -157,8 +158,6 @@ def test_a_new_certificate_is_served_without_a_refused_connection(
 
 
 def test_whoever_reads_that_it_is_ready_is_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    serve = webhook_server.serve
-
     async def slow_with_reviews(served: Any, config: Any, **options: Any) -> None:
         if config.ssl_enabled:
             await asyncio.sleep(0.3)
