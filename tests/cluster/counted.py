@@ -42,16 +42,11 @@ class Calls:
             self.seen = []
             self.ends_at, self.end = ends_at, end
 
-    def saw(self, call: str) -> bool:
-        """Count one; whether it is the last."""
+    def saw(self, call: str) -> Callable[[], None] | None:
+        """Count one; what ends the process, where it is the last."""
         with self._lock:
             self.seen.append(call)
-            return self.ends_at is not None and len(self.seen) >= self.ends_at
-
-    def stop(self) -> None:
-        """End the process."""
-        if self.end is not None:
-            self.end()
+            return self.end if self.ends_at is not None and len(self.seen) >= self.ends_at else None
 
 
 class Proxy:
@@ -87,9 +82,10 @@ class Proxy:
 
     async def _leave(self) -> None:
         self._away = True
-        for writer in list(self._open):
-            writer.transport.abort()
-        await asyncio.sleep(0.05)
+        while self._open:
+            for writer in list(self._open):
+                writer.transport.abort()
+            await asyncio.sleep(0.01)
 
     async def _serve(self, client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
         self._open.add(to_client)
@@ -116,18 +112,18 @@ class Proxy:
     async def _forward(self, client: asyncio.StreamReader, to_server: asyncio.StreamWriter) -> None:
         is_sql, greeted = self._context is None, False
         while data := await client.read(262_144):
-            last = False
+            end: Callable[[], None] | None = None
             for call in _sql(data, greeted) if is_sql else _http(data):
-                last = self._calls.saw(call) or last
+                end = self._calls.saw(call) or end
             greeted = True
-            if last and len(self._calls.seen) % 2:
+            if end is not None and len(self._calls.seen) % 2:
                 # Before it is done; else after: the answer is lost.
-                self._calls.stop()
+                end()
                 return
             to_server.write(data)
             await to_server.drain()
-            if last:
-                self._calls.stop()
+            if end is not None:
+                end()
                 return
 
 

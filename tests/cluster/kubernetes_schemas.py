@@ -6,12 +6,11 @@ They come out of Go's module cache, or once from its proxy, and what is needed o
 import json
 import os
 import shutil
-import subprocess
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from cluster.binaries import ProgramMissing
+from cluster.binaries import ProgramMissing, fetched
 from cluster.binaries import cache as folder_of_programs
 
 VERSIONS = ("1.35.4", "1.36.3", "1.37.2")
@@ -62,20 +61,11 @@ def _fetch(version: str, folder: Path) -> None:
     go = shutil.which("go")
     if go is None:
         raise ProgramMissing(f"what Kubernetes {version} says of its kinds cannot be had without Go")
-    asked = subprocess.run(
-        [go, "mod", "download", "-json", f"k8s.io/kubernetes@v{version}"],
-        capture_output=True,
-        text=True,
-        cwd=folder.parent,
-        env={**os.environ, "GOFLAGS": "-mod=mod"},
-    )
-    if asked.returncode != 0:
-        raise ProgramMissing(
-            f"Kubernetes {version} could not be downloaded: {asked.stdout[-500:]}{asked.stderr[-500:]}"
-        )
+    command = [go, "mod", "download", "-json", f"k8s.io/kubernetes@v{version}"]
+    answer = fetched(command, f"Kubernetes {version}", cwd=folder.parent, env={**os.environ, "GOFLAGS": "-mod=mod"})
     unfinished = folder.with_suffix(".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    source = Path(json.loads(asked.stdout)["Dir"]) / "api" / "openapi-spec" / "v3"
+    source = Path(json.loads(answer)["Dir"]) / "api" / "openapi-spec" / "v3"
     shutil.copytree(source, unfinished, copy_function=shutil.copyfile)
     unfinished.rename(folder)
 

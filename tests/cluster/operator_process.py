@@ -64,8 +64,13 @@ class OperatorProcess:
         """End it: politely, or as a node that fails."""
         if self.process is not None:
             self.process.kill() if kill else self.process.terminate()
-            self.process.wait(20)
-            self.process = None
+            try:
+                self.process.wait(90)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                raise AssertionError(f"the operator does not end: {self.log.read_text()[-3000:]}") from None
+            finally:
+                self.process = None
 
 
 def eventually(is_so: Callable[[], Any], *, timeout_s: float = 90.0, what: str = "it", interval_s: float = 0.05) -> Any:
@@ -78,11 +83,13 @@ def eventually(is_so: Callable[[], Any], *, timeout_s: float = 90.0, what: str =
     raise AssertionError(f"{what} did not happen within {timeout_s} s")
 
 
-def condition(plane: ControlPlane, kind: str, name: str, namespace: str, type_: str) -> dict[str, Any] | None:
-    """One condition of a resource, for its newest generation; None where there is none yet."""
+def condition(
+    plane: ControlPlane, kind: str, name: str, namespace: str, type_: str, status: str = ""
+) -> dict[str, Any] | None:
+    """One condition of a resource, for its newest generation; None where there is none yet, or none of this status."""
     found = plane.get(kind, name, namespace)
     for item in found.get("status", {}).get("conditions", []):
         if item["type"] == type_ and item.get("observedGeneration") == found["metadata"]["generation"]:
             result: dict[str, Any] = item
-            return result
+            return result if status in ("", item["status"]) else None
     return None

@@ -44,12 +44,12 @@ class Release:
         return namespace
 
     def resources(self, *, limit: str, **budget: Any) -> list[dict[str, Any]]:
-        """One of each kind: a project, the simulator, a tier, and a budget of so many dollars a day."""
+        """One of each kind: a project, the simulator, a tier, and a budget of so many dollars: no midnight fills it."""
         secret = {"name": "openai", "key": "api-key"}
         spec: dict[str, Any] = {
             "scope": {"project": "shop"},
             "limit": {"amount": limit, "currency": "USD"},
-            "window": {"period": "Day"},
+            "window": {"period": "Lifetime"},
             **budget,
         }
         return [

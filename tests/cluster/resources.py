@@ -15,6 +15,8 @@ def install_crds(plane: ControlPlane) -> None:
 def forget_resources(plane: ControlPlane) -> None:
     """Take every resource of ours away, whoever still wanted to look after it: later operators do not meet them."""
     for kind in KINDS:
+        if plane.client.get(plane.path(kind.lower())).status_code == 404:
+            continue  # the kind was never defined
         for item in plane.items(kind.lower()):
             metadata = item["metadata"]
             path = f"{plane.path(kind.lower(), metadata['namespace'])}/{metadata['name']}"

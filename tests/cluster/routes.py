@@ -66,7 +66,8 @@ def _accept(server: socket.socket, routes: Routes) -> None:
 
 
 def _connect(client: socket.socket, routes: Routes) -> None:
-    with client:
+    # The API server may have given up at any point.
+    with client, suppress(OSError):
         head = b""
         while b"\r\n\r\n" not in head and len(head) < _HEAD_BYTES_MAX:
             data = client.recv(4096)

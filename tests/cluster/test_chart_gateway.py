@@ -136,9 +136,8 @@ def tenant(plane: ControlPlane, provider: Provider, *, key: str, limit: str) -> 
         namespace=namespace,
     )
     for kind in specs:
-        programmed = partial(condition, plane, kind.lower(), "shop", namespace, "Programmed")
-        found = eventually(programmed, what=f"the {kind}")
-        assert found["status"] == "True", found
+        programmed = partial(condition, plane, kind.lower(), "shop", namespace, "Programmed", "True")
+        eventually(programmed, what=f"the {kind}")
     return namespace
 
 
@@ -165,6 +164,13 @@ def minted(url: str, key: str, user: str) -> str:
 
     token: str = eventually(answer, what="a token")
     return token
+
+
+def has_models(client: openai.OpenAI) -> bool:
+    try:
+        return bool(client.models.list().data)
+    except openai.APIStatusError:
+        return False  # it has not read of the project yet
 
 
 def spend(client: openai.OpenAI, *, answers: int) -> tuple[int, str | None]:
@@ -196,7 +202,8 @@ def test_one_gateway_serves_two_tenants_and_stops_only_the_one_whose_budget_is_s
         )
         for name in (poor, rich)
     }
-    eventually(lambda: all(client.models.list().data for client in clients.values()), what="the tenants' models")
+    for client in clients.values():
+        eventually(partial(has_models, client), what="the tenants' models")
     words, end = spend(clients[poor], answers=10)
     assert end == "402 quota_exceeded"
     assert 900 <= words <= 1000, "a dollar pays for a thousand words, and the last of them are not always held"
@@ -250,7 +257,7 @@ def test_the_gateways_login_serves_every_tenant_and_owns_nothing(control_plane: 
 def test_helm_test_looks_at_the_books(control_plane: ControlPlane, release: Release, tmp_path: Path) -> None:
     with ThreadPoolExecutor(1) as beside:
         answer = beside.submit(
-            control_plane.helm, "test", "g", "--namespace", release.namespace, "--timeout", "60s", "--debug"
+            control_plane.helm, "test", "g", "--namespace", release.namespace, "--timeout", "170s", "--debug"
         )
 
         def there() -> Pod | None:
@@ -263,10 +270,10 @@ def test_helm_test_looks_at_the_books(control_plane: ControlPlane, release: Rele
         pod: Pod = eventually(there, what="the pod of the test")
         pod.start()
         container = pod.containers["verify"]
-        assert container.process.wait(60) == 0, container.text()
+        assert container.process.wait(120) == 0, container.text()
         # What a kubelet would say.
         control_plane.kubectl(
             "patch", "pod", "g-test-ledger", "--namespace", release.namespace, "--subresource=status", "--type=merge",
             "--patch", '{"status": {"phase": "Succeeded"}}',
         )  # fmt: skip
-        assert "Phase:          Succeeded" in answer.result(60)
+        assert "Phase:          Succeeded" in answer.result(180)

@@ -1,6 +1,5 @@
 """Labelled pods, read back from a real API server that called a real webhook."""
 
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -11,6 +10,7 @@ import pytest
 from behest_operator.certificates import renewed
 from behest_operator.sidecar import patch
 from cluster.control_plane import CommandFailed, ControlPlane
+from cluster.operator_process import eventually
 from cluster.webhook import TEMPLATE, Webhook, labelled_pod, running_webhook
 
 
@@ -77,10 +77,7 @@ def test_a_rotated_certificate_refuses_no_pod(control_plane: ControlPlane, webho
         for done in first + second:
             done.result()
     log = webhook.folder / "webhook.log"
-    deadline_s = time.monotonic() + 10
-    while "serving a new certificate" not in log.read_text():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.1)
+    eventually(lambda: "serving a new certificate" in log.read_text(), what="the new certificate")
     create(99)
 
 
@@ -99,14 +96,15 @@ def test_while_the_webhook_is_down_fail_refuses_and_ignore_lets_pass(
             "--patch",
             '[{"op":"replace","path":"/webhooks/0/failurePolicy","value":"Ignore"}]',
         )
-        deadline_s = time.monotonic() + 20
-        while True:
+
+        def lets_pass() -> bool:
             try:
                 control_plane.apply(labelled_pod("open", namespace))
-                break
             except CommandFailed:
-                assert time.monotonic() < deadline_s
-                time.sleep(0.2)
+                return False
+            return True
+
+        eventually(lets_pass, what="a pod without a sidecar")
         assert "initContainers" not in control_plane.get("pod", "open", namespace)["spec"]
     finally:
         webhook.start()

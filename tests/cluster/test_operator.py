@@ -126,7 +126,7 @@ def test_what_is_applied_is_in_the_ledger_and_its_status_says_so(
 ) -> None:
     namespace = control_plane.namespace()
     control_plane.apply(project(namespace), budget(namespace))
-    eventually(lambda: condition(control_plane, "budget", "sessions", namespace, "Programmed"), timeout_s=10)
+    eventually(lambda: condition(control_plane, "budget", "sessions", namespace, "Programmed", "True"))
     found = rows(
         operator.dsn, "SELECT tenant_id, limit_amount::text FROM ledger.budget WHERE namespace = $1", namespace
     )
@@ -148,14 +148,23 @@ def test_it_tells_how_every_budget_does_and_what_it_has_carried_into_the_ledger(
     control_plane.apply(project(namespace), budget(namespace))
     labels = f'behest_budget="{namespace}/sessions",behest_tenant="{namespace}",behest_unit="usd"'
     url = f"http://{operator.environment['BEHEST_METRICS_BIND']}/metrics"
-    # The keeper looks every fifteen seconds.
-    text = eventually(
-        lambda: (page := httpx.get(url).text) and f"behest_budget_limit{{{labels}}} 0.5\n" in page and page
-    )
-    assert f"behest_budget_remaining{{{labels}}} 0.5\n" in text
-    for kind in ("Project", "Budget"):
-        assert f'behest_operator_reconciles_total{{behest_kind="{kind}",behest_result="accepted"}} 1.0\n' in text
-    assert 'behest_keeper_rounds_total{behest_result="worked"}' in text
+    # The keeper looks every fifteen seconds, and as often the operator looks at projects again.
+    reconciled = r'behest_operator_reconciles_total{behest_kind="%s",behest_result="accepted"}'
+    told = {
+        f"behest_budget_limit{{{labels}}}": "0.5",
+        f"behest_budget_remaining{{{labels}}}": "0.5",
+        reconciled % "Project": None,
+        reconciled % "Budget": "1.0",
+        'behest_keeper_rounds_total{behest_result="worked"}': None,
+    }
+
+    def missing() -> list[str]:
+        """What the page does not say yet; None is any value."""
+        lines = (line.rpartition(" ") for line in httpx.get(url).text.splitlines())
+        page = {name: value for name, _, value in lines}
+        return [name for name, value in told.items() if name not in page or value not in (None, page[name])]
+
+    eventually(lambda: not missing(), what="the page with all of it")
 
 
 def test_a_changed_limit_reaches_the_ledger_and_a_changed_unit_is_refused(
@@ -183,7 +192,7 @@ def test_a_deleted_budget_leaves_the_ledger_but_not_its_history(
     namespace = control_plane.namespace()
     control_plane.apply(budget(namespace))
     eventually(lambda: rows(operator.dsn, "SELECT 1 FROM ledger.budget WHERE namespace = $1", namespace))
-    control_plane.kubectl("delete", "budget", "sessions", "--namespace", namespace, "--timeout=20s")
+    control_plane.kubectl("delete", "budget", "sessions", "--namespace", namespace, "--timeout=90s")
     found = rows(
         operator.dsn, "SELECT deleted_at IS NOT NULL AS deleted FROM ledger.budget WHERE namespace = $1", namespace
     )
@@ -451,5 +460,6 @@ def test_a_rotated_login_of_the_ledger_is_taken_without_a_restart(
         eventually(lambda: {"name": names[1]} in rows(operator.dsn, keeping), what="the keeper's new session")
     finally:
         operator.stop()
+        # At the turn of a month the keeper makes partitions, and the login that it has then owns them.
         for name in names:
-            asyncio.run(execute(postgres.dsn, f"DROP ROLE {name}"))
+            asyncio.run(execute(operator.dsn, f"DROP OWNED BY {name}", f"DROP ROLE {name}"))

@@ -19,9 +19,10 @@ from cluster.pods import Pod
 from cluster.release import Release, running_release
 from cluster.sql import rows
 
-ENDED_IN_TIME_S = 5.0
-"""Two seconds on a machine that does nothing else."""
+ENDED_IN_TIME_S = 20.0
+"""Two seconds on a machine that does nothing else; one that is ten times as slow keeps it. The stream takes minutes."""
 SLOW = {"output_tokens": 100_000, "chunk_interval_ms": 5}
+STREAMS_MAX = 50
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,9 @@ def application(release: Release, prefix: str, **budget: Any) -> Generator[tuple
     """A namespace whose budget is in force, and a pod's sidecar in it; its containers are the test itself."""
     namespace = release.application(prefix)
     release.plane.apply(*release.resources(**budget), namespace=namespace)
-    eventually(lambda: condition(release.plane, "budget", "shop", namespace, "Programmed"), what="the budget")
+    eventually(lambda: condition(release.plane, "budget", "shop", namespace, "Programmed", "True"), what="the budget")
+    # The operator tells how it stands in a round of its own, after it was carried into the ledger.
+    eventually(lambda: columns(release.plane, namespace)["REMAINING"], what="how the budget stands")
     pod = release.injected(namespace)
     pod.object["spec"]["containers"] = []
     try:
@@ -149,10 +152,12 @@ def test_each_threshold_is_one_event_and_exhaustion_is_a_phase_and_a_condition(
 ) -> None:
     with application(release, "alerts", limit="0.01", alertThresholds=[25, 50, 75, 100]) as (namespace, pod):
         with client_of(pod) as client:
-            stream = Stream(client, {"output_tokens": 3000})
-            while not stream.end.startswith("402"):
+            ends: list[str] = []
+            while not ends or not ends[-1].startswith("402"):
+                assert len(ends) < STREAMS_MAX, ends
                 stream = Stream(client, {"output_tokens": 3000})
                 stream.read()
+                ends.append(stream.end)
         exhausted = eventually(
             lambda: (
                 (found := condition(control_plane, "budget", "shop", namespace, "Exhausted"))
@@ -174,8 +179,7 @@ def test_each_threshold_is_one_event_and_exhaustion_is_a_phase_and_a_condition(
         eventually(lambda: "BudgetExhausted" in told(), what="the Event of the end")
         reached = sorted(message.partition(":")[0] for message in told()["BudgetWarning"])
         # What is left at the end pays for no request, and so the last threshold may never be reached.
-        assert reached[:3] == ["25 % reached", "50 % reached", "75 % reached"] or reached[1:] == reached, reached
-        assert {"25 % reached", "50 % reached", "75 % reached"} <= set(reached)
+        assert set(reached) - {"100 % reached"} == {"25 % reached", "50 % reached", "75 % reached"}
         assert len(reached) == len(set(reached)), "each threshold is told once"
         assert len(told()["BudgetExhausted"]) == 1
         # It is enough again: the phase goes back, and the next end is told anew.
@@ -212,7 +216,7 @@ def test_a_budget_that_is_deleted_while_it_pays_a_stream_goes_and_what_it_held_c
         with streaming(client_of(pod), SLOW) as stream:
             sql = "SELECT state FROM ledger.hold WHERE tenant_id = $1"
             eventually(lambda: rows(release.dsn, sql, namespace), what="a hold")
-            control_plane.kubectl("delete", "budget", "shop", "--namespace", namespace, "--timeout=20s")
+            control_plane.kubectl("delete", "budget", "shop", "--namespace", namespace, "--timeout=90s")
             assert control_plane.kubectl("get", "budgets", "--namespace", namespace, "--output=name") == ""
             chunks = stream.chunks
             eventually(lambda: stream.chunks > chunks + 100 or stream.end, what="more of the answer")

@@ -2,7 +2,6 @@
 
 import copy
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,14 +23,14 @@ LEFT_TO_THE_OPERATOR = (
 
 
 @pytest.fixture(scope="module")
-def namespace(control_plane: ControlPlane) -> Iterator[str]:
+def namespace(control_plane: ControlPlane) -> str:
+    """The one that the manifests name. It stays: nobody here would bring its deletion to an end."""
     install_crds(control_plane)
     name = "demo"
     control_plane.apply(
         {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}},
     )
-    yield name
-    control_plane.kubectl("delete", "namespace", name, "--wait=false")
+    return name
 
 
 @pytest.mark.parametrize(("manifest", "reason"), INVALID, ids=[reason[:80] for _, reason in INVALID])

@@ -4,7 +4,6 @@ import base64
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from behest_operator.certificates import Certificates, renewed
 from behest_operator.sidecar import Template
 from behest_proxy.cli.preflight import free_port
 from cluster.control_plane import ControlPlane
+from cluster.operator_process import eventually
 
 TEMPLATE = Template(image="registry.example.com/behest:test")
 
@@ -45,21 +45,22 @@ class Webhook:
             stderr=log,
         )
         log.close()
-        deadline_s = time.monotonic() + 30
-        while True:
+
+        def is_ready() -> bool:
+            assert self.process is not None
+            assert self.process.poll() is None, (self.folder / "webhook.log").read_text()
             try:
-                httpx.get(f"http://127.0.0.1:{self.probe_port}/readyz").raise_for_status()
-                return
+                return httpx.get(f"http://127.0.0.1:{self.probe_port}/readyz").status_code == 200
             except httpx.HTTPError:
-                if time.monotonic() > deadline_s or self.process.poll() is not None:
-                    raise AssertionError((self.folder / "webhook.log").read_text()) from None
-                time.sleep(0.05)
+                return False
+
+        eventually(is_ready, what="the webhook's start")
 
     def stop(self) -> None:
         """End it."""
         if self.process is not None:
             self.process.terminate()
-            self.process.wait(15)
+            self.process.wait(90)
             self.process = None
 
     def use(self, certificates: Certificates) -> None:
@@ -82,7 +83,7 @@ class Webhook:
                         "sideEffects": "None",
                         "failurePolicy": failure_policy,
                         "reinvocationPolicy": "IfNeeded",
-                        "timeoutSeconds": 5,
+                        "timeoutSeconds": 30,
                         "clientConfig": {
                             "url": f"https://localhost:{self.port}/inject",
                             "caBundle": base64.b64encode(self.certificates.ca_bundle).decode(),
@@ -97,10 +98,7 @@ class Webhook:
         )
         # The API server learns of webhooks by watching: until it has, a labelled pod passes unseen.
         probe: dict[str, Any] = labelled_pod("probe", "default")
-        deadline_s = time.monotonic() + 20
-        while "initContainers" not in self._dry_run(probe):
-            assert time.monotonic() < deadline_s, "the API server never called the webhook"
-            time.sleep(0.1)
+        eventually(lambda: "initContainers" in self._dry_run(probe), what="a call of the webhook")
 
     def _dry_run(self, pod: dict[str, Any]) -> dict[str, Any]:
         text = self.plane.kubectl(
