@@ -77,7 +77,7 @@ class Compose:
             if process.poll() is None:
                 process.terminate()
                 try:
-                    process.wait(_seconds(self.services[name].get("stop_grace_period", "10s")))
+                    process.wait(_seconds(self.services[name].get("stop_grace_period", "10s")) * BUSY)
                 except subprocess.TimeoutExpired:
                     process.kill()
                     process.wait()

@@ -46,6 +46,10 @@ _DEFAULT_CAPABILITIES = (
     "CHOWN DAC_OVERRIDE FSETID FOWNER MKNOD NET_RAW SETGID SETUID SETFCAP SETPCAP NET_BIND_SERVICE SYS_CHROOT KILL"
     " AUDIT_WRITE"
 )
+START_S = 120.0
+"""How long a container may take to start, on a machine that does other things too."""
+_PAUSES_S = (5.0, 30.0)
+"""Before the base is made again: a mirror of packages may fail once."""
 _numbers = count(1)
 
 
@@ -115,7 +119,7 @@ def _build(folder: Path) -> Path:
             fcntl.flock(lock, fcntl.LOCK_EX)
             known = _run([*buildah.split(), "images", "--format", "{{.Name}}:{{.Tag}}"], environment).split()
             if base not in known:
-                _run([str(IMAGES / "base-without-registry.sh"), base], environment)
+                _make_base(base, environment)
     options = ["--build-arg", f"BASE={base}"]
     for variable in ("PIP_INDEX_URL", "PIP_CERT"):
         if value := os.environ.get(variable):
@@ -129,6 +133,16 @@ def _build(folder: Path) -> Path:
     finally:
         _run([*buildah.split(), "rmi", built], environment)
     return archive
+
+
+def _make_base(base: str, environment: Mapping[str, str]) -> None:
+    script = str(IMAGES / "base-without-registry.sh")
+    for pause_s in _PAUSES_S:
+        with contextlib.suppress(AssertionError):
+            _run([script, base], environment)
+            return
+        time.sleep(pause_s)
+    _run([script, base], environment)
 
 
 def _member(archive: tarfile.TarFile, name: str) -> dict[str, Any]:
@@ -241,14 +255,14 @@ class Containers:
                 assert runner.poll() is None, log.read_text()
                 return int(pid_file.read_text()) if pid_file.exists() and pid_file.read_text() else None
 
-            number: int = wait_until(pid, what="the container's making")
+            number: int = wait_until(pid, timeout_s=START_S, what="the container's making")
 
             def is_ours() -> bool:
                 assert runner.poll() is None, log.read_text()
                 # Until then it is runc, which prepares the container from inside.
                 return Path(f"/proc/{number}/cmdline").read_bytes().startswith(b"/opt/behest/")
 
-            wait_until(is_ours, what="the container's start")
+            wait_until(is_ours, timeout_s=START_S, what="the container's start")
             yield Container(number, runner, log)
 
 
@@ -268,7 +282,7 @@ def running_containerd(image: Image, folder: Path) -> Generator[Containers]:
             assert server.poll() is None, log.read_text()
             return subprocess.run(["ctr", "--address", str(socket), "version"], capture_output=True).returncode == 0
 
-        wait_until(is_up, what="containerd's start")
+        wait_until(is_up, timeout_s=START_S, what="containerd's start")
         containers = Containers(image, socket, folder)
         containers.ctr("images", "import", str(image.archive))
         try:

@@ -17,7 +17,7 @@ import yaml
 
 from behest_proxy.cli.preflight import free_port
 from behest_proxy.identity.keys import SigningKey
-from images.containers import Container, Containers, Image
+from images.containers import START_S, Container, Containers, Image
 from stack import Stack, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,7 +58,7 @@ def sidecar(
             except httpx.TransportError:
                 return False
 
-        wait_until(is_ready, what="the sidecar's start in a container")
+        wait_until(is_ready, timeout_s=START_S, what="the sidecar's start in a container")
         start_s = time.monotonic() - started_s
         yield container, replace(stack, base_url=f"http://127.0.0.1:{port}"), start_s
 
@@ -158,7 +158,7 @@ def test_a_metered_stream_goes_through_a_confined_container(containers: Containe
         requested = values["sidecar"]["resources"]["requests"]["memory"]
         assert both < int(requested.removesuffix("Mi")), "a node reserves what a sidecar really uses"
         container.tell_to_end()
-        assert container.runner.wait(20) == 0, container.log.read_text()
+        assert container.runner.wait(90) == 0, container.log.read_text()
     assert "Traceback" not in container.log.read_text()
     assert sorted(path.name for path in (place / "state").iterdir()) == ["journal", "signing.pem"]
 
@@ -195,4 +195,4 @@ def test_the_first_process_ends_when_it_is_told_while_it_starts(
         term = 1 << (signal.SIGTERM - 1)
         wait_until(lambda: int(container.status("SigCgt"), 16) & term, what="a handler of SIGTERM")
         container.tell_to_end()
-        assert container.runner.wait(20) in (0, 143), container.log.read_text()
+        assert container.runner.wait(90) in (0, 143), container.log.read_text()
