@@ -1,41 +1,29 @@
-"""The `h2` state machine with three of its rules changed for a server that outlives a GOAWAY, and quicker with headers.
+"""The `h2` state machine with three of its rules changed for a server that outlives a GOAWAY.
 
 `h2` 4.x closes its machine at the first GOAWAY in either direction, though RFC 9113, 6.8 lets the streams
 below the named id finish; it answers one stream too many by ending the connection; and it counts open
-streams by walking over all of them. Headers are coded and checked by code of our own. Everything else is `h2`'s own.
+streams by walking over all of them. But for headers (`http2.connection`) everything else is `h2`'s own.
 """
 
-from h2.config import H2Configuration
-from h2.connection import H2Connection
-from h2.events import ConnectionTerminated, Event, RequestReceived, TrailersReceived
+from h2.events import ConnectionTerminated, Event
 from h2.settings import SettingCodes, Settings
-from hyperframe.frame import Frame, GoAwayFrame, HeadersFrame
+from hyperframe.frame import Frame, GoAwayFrame
 
-from behest_proxy.edge.header_coding import HeaderDecoder, HeaderEncoder
-from behest_proxy.edge.header_rules import check_request, check_trailers
 from behest_proxy.edge.limits import EdgeLimits
+from behest_proxy.http2.connection import Connection
 
 LAST_POSSIBLE_STREAM = 2**31 - 1
 _DEFAULT_WINDOW = 65_535
 
 
-class H2Machine(H2Connection):
+class H2Machine(Connection):
     """The server side of one HTTP/2 connection, sans I/O."""
 
     # Remembered only to answer late frames by the right error; h2's 65,536 entries would be megabytes.
     MAX_CLOSED_STREAMS = 2048
 
     def __init__(self, limits: EdgeLimits) -> None:
-        # Headers are checked here by `header_rules`; those of answers by `heads`, before they come here.
-        super().__init__(
-            H2Configuration(
-                client_side=False,
-                header_encoding=None,
-                validate_inbound_headers=False,
-                validate_outbound_headers=False,
-                normalize_outbound_headers=False,
-            )
-        )
+        super().__init__(client_side=False, header_list_bytes=limits.header_list_bytes)
         self.local_settings = Settings(
             client=False,
             initial_values={
@@ -44,8 +32,6 @@ class H2Machine(H2Connection):
                 SettingCodes.INITIAL_WINDOW_SIZE: limits.request_window_bytes,
             },
         )
-        self.decoder, self.encoder = HeaderDecoder(), HeaderEncoder()
-        self.decoder.max_header_list_size = limits.header_list_bytes
         self.initiate_connection()
         if limits.connection_window_bytes > _DEFAULT_WINDOW:
             self.increment_flow_control_window(limits.connection_window_bytes - _DEFAULT_WINDOW)
@@ -67,15 +53,6 @@ class H2Machine(H2Connection):
         frame.last_stream_id = last_stream_id
         frame.error_code = error_code
         self._prepare_for_sending([frame])
-
-    def _receive_headers_frame(self, frame: HeadersFrame) -> tuple[list[Frame], list[Event]]:
-        frames, events = super()._receive_headers_frame(frame)
-        for event in events:
-            if isinstance(event, RequestReceived):
-                check_request(event.headers)
-            elif isinstance(event, TrailersReceived):
-                check_trailers(event.headers)
-        return frames, events
 
     def _receive_goaway_frame(self, frame: GoAwayFrame) -> tuple[list[Frame], list[Event]]:
         event = ConnectionTerminated()

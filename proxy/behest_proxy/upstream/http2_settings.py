@@ -2,9 +2,9 @@
 
 from typing import Final
 
-from h2.config import H2Configuration
-from h2.connection import H2Connection
 from h2.settings import SettingCodes, Settings
+
+from behest_proxy.http2.connection import Connection
 
 STREAM_WINDOW_BYTES: Final = 256 * 1024
 """What a peer may send on one stream before its call has taken it: the bound on what a paused call holds."""
@@ -28,9 +28,9 @@ _HEADER_LIST_BYTES_MAX: Final = 64 * 1024
 _WINDOW_BYTES_AT_START: Final = 65_535
 
 
-def new_h2_state() -> H2Connection:
+def new_h2_state() -> Connection:
     """A client's state, with preface, SETTINGS and the wider connection window ready to be sent."""
-    state = H2Connection(H2Configuration(client_side=True, header_encoding=None))
+    state = Connection(client_side=True, header_list_bytes=_HEADER_LIST_BYTES_MAX)
     state.local_settings = Settings(
         client=True,
         initial_values={

@@ -1,4 +1,4 @@
-"""What the header block of a request, or of its trailers, may hold over HTTP/2 (RFC 9113, 8.2 and 8.3).
+"""What the header block of a request, an answer or trailers may hold over HTTP/2 (RFC 9113, 8.2 and 8.3).
 
 `h2` has these rules too, and looks at each byte of each value in a loop of its own: a token of 700 bytes takes it
 50 µs. What these refuse is what it refuses.
@@ -42,6 +42,21 @@ def check_request(headers: Iterable[Header]) -> None:
         raise ProtocolError("neither :authority nor host")
     if host is not None and authority is not None and host != authority:
         raise ProtocolError(":authority and host differ")
+
+
+def check_answer(headers: Iterable[Header]) -> None:
+    """Raises `ProtocolError`, without the offending value. Before all headers, `:status` and nothing else (8.3.2)."""
+    has_status = is_behind = False
+    for name, value in headers:
+        if name[:1] != b":":
+            is_behind = True
+            _check_line(name, value)
+            continue
+        if name != b":status" or has_status or is_behind or not _VALUE.fullmatch(value):
+            raise ProtocolError("a pseudo-header that is none of an answer's, repeated or behind a header")
+        has_status = True
+    if not has_status:
+        raise ProtocolError("no :status")
 
 
 def check_trailers(headers: Iterable[Header]) -> None:

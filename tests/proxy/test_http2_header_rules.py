@@ -8,7 +8,7 @@ from h2.utilities import HeaderValidationFlags, validate_headers
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from behest_proxy.edge.header_rules import check_request, check_trailers
+from behest_proxy.http2.header_rules import check_answer, check_request, check_trailers
 
 Lines = list[tuple[bytes, bytes]]
 
@@ -58,9 +58,9 @@ def is_refused(check: Callable[[Lines], object], lines: Lines) -> bool:
     return False
 
 
-def by_h2(lines: Lines, *, is_trailer: bool) -> None:
+def by_h2(lines: Lines, *, is_trailer: bool = False, is_answer: bool = False) -> None:
     flags = HeaderValidationFlags(
-        is_client=False, is_trailer=is_trailer, is_response_header=False, is_push_promise=False
+        is_client=is_answer, is_trailer=is_trailer, is_response_header=is_answer, is_push_promise=False
     )
     list(validate_headers(lines, flags))
 
@@ -72,7 +72,14 @@ def by_h2(lines: Lines, *, is_trailer: bool) -> None:
 @example([CONNECT], [SCHEME, PATH, AUTHORITY])
 def test_a_request_is_refused_where_h2_would_refuse_it(beginning: Lines, more: Lines) -> None:
     lines = [*beginning, *more]
-    assert is_refused(check_request, lines) == is_refused(lambda said: by_h2(said, is_trailer=False), lines)
+    assert is_refused(check_request, lines) == is_refused(by_h2, lines)
+
+
+@given(beginning=st.sampled_from([[], [(b":status", b"200")]]), more=LINES)
+@example([(b":status", b"200")], [(b":status", b"200")])
+def test_an_answer_is_refused_where_h2_would_refuse_it(beginning: Lines, more: Lines) -> None:
+    lines = [*beginning, *more]
+    assert is_refused(check_answer, lines) == is_refused(lambda said: by_h2(said, is_answer=True), lines)
 
 
 @given(lines=LINES)
@@ -123,3 +130,22 @@ def test_trailers_have_no_pseudo_headers_and_are_headers_otherwise(lines: Sequen
     with pytest.raises(ProtocolError):
         check_trailers(lines)
     check_trailers([(b"x-checksum", b"abc")])
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [],
+        [(b"x-a", b"1")],
+        [(b"x-a", b"1"), (b":status", b"200")],
+        [(b":status", b"200"), (b":status", b"200")],
+        [(b":status", b"200"), (b":path", b"/")],
+        [(b":status", b"200"), (b"x-a", b"1\n2")],
+        [(b":status", b"200"), (b"X-A", b"1")],
+        [(b":status", b"200"), (b"connection", b"close")],
+    ],
+)
+def test_a_malformed_answer_is_refused(lines: Lines) -> None:
+    with pytest.raises(ProtocolError):
+        check_answer(lines)
+    check_answer([(b":status", b"200"), (b"set-cookie", b"a=1"), (b"set-cookie", b"b=2")])

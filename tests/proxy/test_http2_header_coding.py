@@ -7,7 +7,7 @@ from hpack.struct import HeaderTuple, NeverIndexedHeaderTuple
 from hypothesis import given
 from hypothesis import strategies as st
 
-from behest_proxy.edge.header_coding import HeaderDecoder, HeaderEncoder, remembered
+from behest_proxy.http2.header_coding import HeaderDecoder, HeaderEncoder, remembered
 
 NAMES = st.sampled_from(
     [b":path", b":method", b":status", b"authorization", b"content-type", b"date", b"x-a"]
@@ -139,3 +139,10 @@ def test_a_client_that_changes_its_table_again_and_again_leaves_nothing_behind()
     assert first == b"\x20\x88"
     assert encoder.encode([(b":status", b"200")]) == b"\x88"
     assert encoder.table_size_changes == []
+
+
+def test_what_is_secret_is_marked_for_everybody_on_the_way() -> None:
+    said = [(b"authorization", b"Bearer x"), (b"x-api-key", b"x"), (b"accept", b"*/*"), (b"x-a", b"b")]
+    read = HeaderDecoder().decode(HeaderEncoder().encode(said))
+    assert read == said
+    assert [isinstance(line, NeverIndexedHeaderTuple) for line in read] == [True, True, False, False]

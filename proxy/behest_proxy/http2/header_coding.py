@@ -1,7 +1,7 @@
-"""HPACK (RFC 7541) as this server needs it: header blocks are read in one walk, and written without any state.
+"""HPACK (RFC 7541) as a gateway needs it: header blocks are read in one walk, and written without any state.
 
 `hpack` takes 0.2 ms for the head of a request, half of it to undo the Huffman code of a token that a client sends with
-each of its requests, and 0.1 ms for the head of an answer. Its tables are used as they are, and its errors are raised.
+each of its requests, and 0.1 ms to write one. Its tables are used as they are, and its errors are raised.
 """
 
 from collections.abc import Iterable
@@ -23,6 +23,9 @@ _NUMBER_BYTES_MAX = 5
 _STATIC = HeaderTable.STATIC_TABLE
 _STATIC_NAMES = {name: index for index, (name, _) in reversed(list(enumerate(_STATIC, 1)))}
 _STATUSES = {value: bytes([0x80 | index]) for index, (name, value) in enumerate(_STATIC, 1) if name == b":status"}
+
+_SECRET = frozenset({b"authorization", b"proxy-authorization", b"cookie", b"set-cookie", b"x-api-key", b"api-key"})
+"""Nobody on the way may keep these in a table either (RFC 7541, 7.1.3)."""
 
 remembered = lru_cache(_REMEMBERED)(decode_huffman)
 
@@ -90,9 +93,9 @@ class HeaderDecoder(Decoder):
 
 
 class HeaderEncoder(Encoder):
-    """Writes header blocks for which nothing has to be remembered, neither here nor by the client.
+    """Writes header blocks for which nothing has to be remembered, neither here nor by who reads them.
 
-    The head of an answer is some 200 bytes longer that way: as much as its first chunk.
+    A head is some 200 bytes longer that way: as much as a chunk.
     """
 
     def __init__(self) -> None:
@@ -106,7 +109,7 @@ class HeaderEncoder(Encoder):
 
     @header_table_size.setter
     def header_table_size(self, value: int) -> None:
-        """Whatever the client allows, none is less."""
+        """Whatever the other side allows, none is less."""
 
     def encode(self, headers: Iterable[Any], huffman: bool = True) -> bytes:  # noqa: ARG002 - it is not worth its time
         """The block of these lines: pairs of bytes. Whether by the `huffman` code is our choice: never."""
@@ -151,11 +154,12 @@ def _string(data: bytes, position: int) -> tuple[bytes, int]:
 
 @lru_cache(256)
 def _named(name: bytes) -> bytes:
-    """The beginning of a literal without indexing (RFC 7541, 6.2.2), with its name."""
+    """The beginning of a literal that is not indexed (RFC 7541, 6.2.2), for secrets nowhere (6.2.3), with its name."""
+    kind = 0x10 if name in _SECRET else 0x00
     index = _STATIC_NAMES.get(name)
     if index is None:
-        return b"\x00" + _sized(name)
-    return bytes([index] if index < 0x0F else [0x0F, index - 0x0F])
+        return bytes([kind]) + _sized(name)
+    return bytes([kind | index] if index < 0x0F else [kind | 0x0F, index - 0x0F])
 
 
 def _sized(text: bytes) -> bytes:
