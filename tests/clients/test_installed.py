@@ -3,6 +3,7 @@ TypeScript is packed and installed into an empty folder by `tests/typescript`.)"
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,11 @@ import pytest
 from stack import Stack
 from typescript.packages import run
 
+_UNREACHABLE = re.compile(
+    r"No matching distribution found|(Connect|Read)Timeout|ConnectionError|NewConnection|ProtocolError|IncompleteRead"
+    r"|HTTP error [45]\d\d"
+)
+"""In pip's words: an index that has nothing or cannot be asked, a download that broke off."""
 CALL = """
 import sys
 from behest import BehestSync
@@ -32,9 +38,9 @@ def test_pip_installs_it_into_an_empty_environment_and_it_makes_a_call(
     python = str(tmp_path / "venv" / "bin" / "python")
     # A copy: what a build leaves behind belongs into nobody's checkout.
     source = shutil.copytree(repository / "sdk" / "python", tmp_path / "source")
-    pip = [python, "-m", "pip", "--disable-pip-version-check", "--no-input"]
+    pip = [python, "-m", "pip", "--disable-pip-version-check", "--no-input", "--retries=10", "--timeout=30"]
     installed = subprocess.run([*pip, "install", "--quiet", str(source)], capture_output=True, text=True, check=False)
-    if installed.returncode and "No matching distribution found" in installed.stderr:
+    if installed.returncode and _UNREACHABLE.search(installed.stderr):
         pytest.skip(f"its dependencies cannot be had here: {installed.stderr.strip()[-300:]}")
     assert installed.returncode == 0, installed.stderr
     names = {one["name"] for one in json.loads(run([*pip, "list", "--format=json"], tmp_path))}

@@ -68,7 +68,8 @@ export function setAddress(id: string | undefined): void {
 
 /** "Today", "Yesterday", "Earlier". */
 export function dayOf(usedAt: number, now = new Date()): string {
-  const today = new Date(now.getFullYear(), now.getMonth(), now.getDate()).getTime();
-  if (usedAt >= today) return "Today";
-  return usedAt >= today - 86_400_000 ? "Yesterday" : "Earlier";
+  // Not 24 hours before: where clocks are changed a day has one more, or one less.
+  const midnight = (daysAgo: number): number => new Date(now.getFullYear(), now.getMonth(), now.getDate() - daysAgo).getTime();
+  if (usedAt >= midnight(0)) return "Today";
+  return usedAt >= midnight(1) ? "Yesterday" : "Earlier";
 }
