@@ -15,7 +15,7 @@ UNUSED_KEY = "behest_sk_live_" + "0" * 32
 """Tokens are given: as a browser's, they are made before, by somebody whose network is not cut."""
 QUESTION: list[Any] = [{"role": "user", "content": "Tell me a story."}]
 TOKENS = 250
-SIM = {"sim": {"output_tokens": TOKENS, "chunk_interval_ms": 2, "continue_assistant": True}}
+SIM = {"sim": {"output_tokens": TOKENS, "chunk_interval_ms": 8, "continue_assistant": True}}
 CUTS = 50
 CUT_BYTES = (300, 9_000)
 """After so many bytes of an answer: before its first chunk, inside of a chunk, between two of them, at its end."""
@@ -70,4 +70,4 @@ def test_fifty_random_cuts_leave_the_text_of_an_uncut_stream_charged_once(stack:
     for row in rows:
         # Where a token was cut in two, both halves count.
         assert row["tokens"] <= TOKENS + row["attempts"], row
-    assert sum(row["attempts"] for row in rows) >= CUTS / 2, "what had not been sent yet was asked for again"
+        assert row["attempts"] > 1, "what had not been sent yet was asked for again"
