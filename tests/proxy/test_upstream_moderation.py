@@ -1,9 +1,8 @@
 """While many streams speak, the loop takes up what they say together; who is alone or in a hurry never waits."""
 
 import asyncio
-import time
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -13,16 +12,39 @@ INTERVAL_S = 0.004
 BUSY = int(TOGETHER_MIN * PERIOD_S / INTERVAL_S)
 
 
+class Clock:
+    """The time of the loop and of whoever sleeps: a machine that is busy meanwhile would hold its turns back itself."""
+
+    def __init__(self) -> None:
+        self._now_s = 1000.0
+        self.slept: list[float] = []
+        """How long the loop's thread slept, each time."""
+
+    def monotonic(self) -> float:
+        return self._now_s
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self._now_s += seconds
+
+    async def passes(self, seconds: float) -> None:
+        self._now_s += seconds
+        await turns(2)  # timers that are due are found, and run
+
+
 @pytest.fixture
-def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """How long the thread slept, each time; it does not really."""
-    times: list[float] = []
-    monkeypatch.setattr(time, "sleep", times.append)
-    return times
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    found = Clock()
+    monkeypatch.setattr("behest_proxy.upstream.moderation.time", found)
+    return found
 
 
-def on_a_loop(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    asyncio.run(work())
+def on_a_loop(clock: Clock, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    async def main() -> None:
+        cast(Any, asyncio.get_running_loop()).time = clock.monotonic
+        await work()
+
+    asyncio.run(main())
 
 
 def read(moderation: Moderation) -> None:
@@ -32,11 +54,11 @@ def read(moderation: Moderation) -> None:
         moderation.after_read()
 
 
-async def watched(interval_s: float, reads: int) -> Moderation:
+async def watched(clock: Clock, interval_s: float, reads: int) -> Moderation:
     found = Moderation(interval_s)
     for _ in range(reads):
         read(found)
-    await asyncio.sleep(PERIOD_S * 1.3)
+    await clock.passes(PERIOD_S)
     return found
 
 
@@ -46,36 +68,45 @@ async def turns(count: int) -> None:
 
 
 @pytest.mark.parametrize(("interval_s", "reads"), [(INTERVAL_S, BUSY - 1), (0.0, 100_000)])
-def test_nothing_is_held_back_while_chunks_are_few_or_where_it_is_switched_off(interval_s: float, reads: int) -> None:
+def test_nothing_is_held_back_while_chunks_are_few_or_where_it_is_switched_off(
+    interval_s: float, reads: int, clock: Clock
+) -> None:
     async def work() -> None:
-        assert not (await watched(interval_s, reads)).attentive
+        assert not (await watched(clock, interval_s, reads)).attentive
 
-    on_a_loop(work)
+    on_a_loop(clock, work)
 
 
-def test_of_busy_streams_each_turn_is_held_back_until_an_interval_after_the_last(slept: list[float]) -> None:
+def test_of_busy_streams_each_turn_is_held_back_until_an_interval_after_the_last(clock: Clock) -> None:
     async def work() -> None:
-        found = await watched(INTERVAL_S, BUSY)
+        found = await watched(clock, INTERVAL_S, BUSY)
         for expected in (0, 1, 2):  # the first one finds that nobody came for long
             assert found.attentive
             found.after_read()
             assert not found.attentive, "once a turn"
             await turns(4)
-            assert len(slept) == expected
-        assert all(0 < one_s <= 2 * INTERVAL_S for one_s in slept)
+            assert clock.slept == pytest.approx([INTERVAL_S] * expected)
+        found.after_read()
+        await clock.passes(INTERVAL_S / 4)
+        await turns(4)
+        assert clock.slept[2:] == pytest.approx([INTERVAL_S * 3 / 4])
+        found.after_read()
+        await clock.passes(INTERVAL_S)
+        await turns(4)
+        assert len(clock.slept) == 3, "what was done took as long already"
 
-    on_a_loop(work)
+    on_a_loop(clock, work)
 
 
-def test_what_was_read_leaves_before_anybody_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_read_leaves_before_anybody_sleeps(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     async def work() -> None:
         told: list[str] = []
 
         def sleep(_seconds: float) -> None:
             told.append("sleeps")
 
-        monkeypatch.setattr(time, "sleep", sleep)
-        found = await watched(INTERVAL_S, BUSY)
+        monkeypatch.setattr(clock, "sleep", sleep)
+        found = await watched(clock, INTERVAL_S, BUSY)
         found.after_read()
         await turns(4)
         loop = asyncio.get_running_loop()
@@ -86,36 +117,37 @@ def test_what_was_read_leaves_before_anybody_sleeps(monkeypatch: pytest.MonkeyPa
         assert told[0] == "frames go to the transport"
         assert "sleeps" in told
 
-    on_a_loop(work)
+    on_a_loop(clock, work)
 
 
-def test_nobody_sleeps_while_a_request_waits_for_the_ledger(slept: list[float]) -> None:
+def test_nobody_sleeps_while_a_request_waits_for_the_ledger(clock: Clock) -> None:
     async def work() -> None:
-        found = await watched(INTERVAL_S, BUSY)
+        found = await watched(clock, INTERVAL_S, BUSY)
         found.urgent += 1
         for _ in range(3):
             found.after_read()
             await turns(4)
-        assert slept == []
+        assert clock.slept == []
         found.urgent -= 1
         found.after_read()
         await turns(4)
-        assert len(slept) == 1
+        assert len(clock.slept) == 1
 
-    on_a_loop(work)
+    on_a_loop(clock, work)
 
 
-def test_after_a_silence_it_looks_no_more_until_the_next_read() -> None:
+def test_after_a_silence_it_looks_no_more_until_the_next_read(clock: Clock) -> None:
     async def work() -> None:
-        found = await watched(INTERVAL_S, BUSY)
-        await asyncio.sleep(2.3 * PERIOD_S)
+        found = await watched(clock, INTERVAL_S, BUSY)
+        await clock.passes(PERIOD_S)
+        await clock.passes(PERIOD_S)
         silent = len(asyncio.get_running_loop()._scheduled)  # type: ignore[attr-defined]
         assert silent == 0, "nobody watches"
         for _ in range(BUSY):
             read(found)
-        await asyncio.sleep(1.3 * PERIOD_S)
+        await clock.passes(PERIOD_S)
         assert found.attentive
         found.after_read()
         assert not found.attentive
 
-    on_a_loop(work)
+    on_a_loop(clock, work)
