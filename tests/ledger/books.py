@@ -4,8 +4,10 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from datetime import UTC, datetime
 from typing import Any, Literal
 from uuid import UUID
+from zoneinfo import ZoneInfo
 
 import msgspec
 
@@ -23,12 +25,25 @@ INPUT_RATE = 3
 OUTPUT_RATE = 10
 """Rates of all requests here, in pico-USD per token: small numbers that are easily added up."""
 
+_PERIODS_S = {"minute": 60.0, "hour": 3600.0}
+"""The others begin with a day."""
+_ROOM_S = 10.0
+
 _random = random.Random(0)
 
 
 def new_id() -> UUID:
     """A request id of now."""
     return request_id(int(time.time() * 1000), _random.getrandbits(74))
+
+
+def until_a_new_period_s(period: str, zone: str, now: datetime) -> float:
+    """How long to wait so that a calendar's period does not end in the middle of a test; 0 where it goes on for long."""
+    local = now.astimezone(ZoneInfo(zone))
+    of_day_s = local.hour * 3600 + local.minute * 60 + local.second + local.microsecond / 1e6
+    length_s = _PERIODS_S.get(period, 86_400.0)
+    left_s = length_s - of_day_s % length_s
+    return left_s + 0.01 if left_s < _ROOM_S else 0.0
 
 
 def admission(
@@ -144,7 +159,12 @@ class Books:
         labels: dict[str, str] | None = None,
         thresholds: Sequence[int] = (),
     ) -> str:
-        """Write a budget and return its id. Writing it again changes it."""
+        """Write a budget and return its id. Writing it again changes it.
+
+        Where its period is about to end by the calendar, the next one is waited for.
+        """
+        if alignment == "calendar" and period != "lifetime":
+            await asyncio.sleep(until_a_new_period_s(period, zone, datetime.now(UTC)))
         row = {
             "tenant_id": tenant,
             "budget_id": f"demo/{name}",
