@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from behest_proxy.edge.host import Receive, Scope, Send
 from behest_proxy.edge.limits import EdgeLimits
+from behest_proxy.edge.served import ServedRequest
 from proxy.edge_clients import (
     LOOPS,
     answer,
@@ -24,12 +25,12 @@ from proxy.edge_clients import (
     stream_of,
     until,
 )
-from proxy.h2_frames import frame
+from proxy.h2_frames import frame, frames_in
 
 
 @LOOPS
 def test_a_reset_by_the_client_tells_the_application_once_and_leaves_the_connection(loop: str) -> None:
-    gone: list[float] = []
+    gone: list[bool] = []
     later: list[str] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -37,8 +38,7 @@ def test_a_reset_by_the_client_tells_the_application_once_and_leaves_the_connect
             await answer(send, b"ok")
             return
         stream = stream_of(scope)
-        loop_ = asyncio.get_running_loop()
-        stream.on_gone = lambda: gone.append(loop_.time())
+        stream.on_gone = lambda: gone.append(True)
         stream.begin(200, [])
         stream.write(b"first")
         assert (await receive())["type"] == "http.request"
@@ -56,10 +56,8 @@ def test_a_reset_by_the_client_tells_the_application_once_and_leaves_the_connect
         async with running(application(app)) as server, raw_h2(server.port) as client:
             stream_id = client.request()
             await until(lambda: bytes(client.answers[stream_id].body) == b"first")
-            at = asyncio.get_running_loop().time()
             client.reset(stream_id)
-            await until(lambda: gone)
-            assert gone[0] - at < 1.0
+            await until(lambda: gone)  # and not when one of the edge's times is over: the shortest is a minute
             await until(lambda: len(later) == 2)
             assert later == ["http.disconnect", "returned"]
             assert (await client.get("/ok")).body == b"ok"
@@ -94,21 +92,23 @@ def test_a_closed_connection_tells_every_stream_once() -> None:
 
 
 def test_a_protocol_error_is_answered_by_goaway_and_streams_are_told() -> None:
-    gone = 0
+    begun = gone = 0
 
     def note() -> None:
         nonlocal gone
         gone += 1
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        nonlocal begun
         stream_of(scope).on_gone = note
+        begun += 1
         await receive()
         await receive()
 
     async def main() -> None:
         async with running(application(app)) as server, raw_h2(server.port) as client:
             client.request()
-            await asyncio.sleep(0.05)
+            await until(lambda: begun)
             client.writer.write(b"\x00\x00\x04\x08\x00\x00\x00\x00\x00" + b"\x00" * 4)  # WINDOW_UPDATE of 0
             await until(lambda: client.closed)
             assert client.goaways[0][1] == h2.errors.ErrorCodes.PROTOCOL_ERROR
@@ -138,11 +138,11 @@ def test_a_client_that_pings_and_never_reads_is_aborted() -> None:
 def test_an_idle_connection_is_closed_with_goaway_and_a_live_one_is_not() -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] == "/slow":
-            await asyncio.sleep(0.8)
+            await asyncio.sleep(1.5)
         await answer(send, b"ok")
 
     async def main() -> None:
-        limits = EdgeLimits(idle_timeout_s=0.3)
+        limits = EdgeLimits(idle_timeout_s=1.0)
         async with running(application(app), limits=limits) as server, raw_h2(server.port) as client:
             assert (await client.get("/slow")).body == b"ok"
             await until(lambda: client.closed)
@@ -151,6 +151,10 @@ def test_an_idle_connection_is_closed_with_goaway_and_a_live_one_is_not() -> Non
     run(main())
 
 
+_GET = b"\x82\x84\x86\x41\x01a"
+_POST = b"\x83\x84\x86\x41\x01a"
+_WIDE = frame(4, 0, 0, b"\x00\x04\x00\x10\x00\x00") + frame(8, 0, 0, b"\x00\x10\x00\x00")
+"""SETTINGS and WINDOW_UPDATE: a megabyte may come."""
 _GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"")
 LAST_WORDS = {
     "the client said goodbye": frame(7, 0, 0, bytes(8)),
@@ -165,7 +169,7 @@ def test_what_a_client_sends_into_our_close_is_no_reason_for_a_reset(loop: str, 
     """A reset could overtake our GOAWAY, and with it the word of which requests nobody took."""
 
     async def main() -> None:
-        limits = EdgeLimits(idle_timeout_s=0.2)
+        limits = EdgeLimits(idle_timeout_s=1.0 if why == "the connection was idle" else 60.0)
         async with running(application(echo), limits=limits) as server:
             events = asyncio.get_running_loop()
             with socket.create_connection(("127.0.0.1", server.port)) as client:
@@ -178,6 +182,50 @@ def test_what_a_client_sends_into_our_close_is_no_reason_for_a_reset(loop: str, 
                     await asyncio.sleep(0.02)
                 assert await events.sock_recv(client, 65_536) == b""
                 assert client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
+
+    run(main(), loop=loop)
+
+
+@LOOPS
+def test_a_servers_end_takes_nothing_of_the_last_answers_from_clients_that_go_on_talking(loop: str) -> None:
+    """A client confirms what it reads, and a socket that is closed answers that with a reset: the rest would be lost."""
+    streams: list[ServedRequest] = []
+    chunks = 200
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        stream = stream_of(scope)
+        stream.begin(200, [])
+        streams.append(stream)
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    async def main() -> None:
+        events = asyncio.get_running_loop()
+        received = bytearray()
+
+        def goaways() -> int:
+            return [kind for kind, _ in frames_in(bytes(received))].count(7)
+
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # most of the answer waits at the server
+            client.setblocking(False)
+            async with running(application(app)) as server:
+                await events.sock_connect(client, ("127.0.0.1", server.port))
+                await events.sock_sendall(client, _GREETING + _WIDE + frame(1, 5, 1, _GET))
+                await until(lambda: streams)
+                stopping = events.create_task(server.stop())
+                while goaways() < 2:
+                    received += await events.sock_recv(client, 65_536)
+                    await events.sock_sendall(client, frame(6, 1, 0, b"behest-0"))
+                for _ in range(chunks):
+                    streams[0].write(b"x" * 1000)
+                streams[0].end()
+                while piece := await events.sock_recv(client, 65_536):
+                    received += piece
+                    await events.sock_sendall(client, frame(6, 0, 0, b"12345678"))
+                client.close()
+                await stopping
+        assert sum(len(payload) for kind, payload in frames_in(bytes(received)) if kind == 0) == chunks * 1000
 
     run(main(), loop=loop)
 
@@ -221,8 +269,6 @@ def test_an_application_cancelled_by_its_callback_harms_no_other_stream() -> Non
     run(main())
 
 
-_GET = b"\x82\x84\x86\x41\x01a"
-_POST = b"\x83\x84\x86\x41\x01a"
 _FRAMES = st.builds(
     frame,
     st.integers(0, 10),

@@ -9,8 +9,8 @@ from h2.errors import ErrorCodes
 
 from behest_proxy.edge.host import Receive, Scope, Send
 from behest_proxy.edge.limits import EdgeLimits
-from proxy.edge_clients import Running, answer, application, raw_h2, raw_tcp, run, running, until
-from proxy.h2_frames import frame
+from proxy.edge_clients import GENEROUS_S, Running, answer, application, raw_h2, raw_tcp, run, running, until
+from proxy.h2_frames import frame, frames_in
 
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"")
 _POST = b"\x83\x84\x86\x41\x01a"
@@ -58,20 +58,9 @@ async def goaways_to(server: Running, attack: bytes, repeated: bytes, times: int
                 writer.write(repeated)
                 await writer.drain()
                 await asyncio.sleep(0)
-        await asyncio.wait([reading], timeout=10.0)
+        await asyncio.wait([reading], timeout=GENEROUS_S)
         assert reading.done(), "the connection was not ended"
-    return [code for kind, code in _frames(bytes(received)) if kind == 7]
-
-
-def _frames(received: bytes) -> list[tuple[int, int]]:
-    """Kind, and the error code of a GOAWAY."""
-    found: list[tuple[int, int]] = []
-    while len(received) >= 9:
-        length = int.from_bytes(received[:3], "big")
-        payload = received[9 : 9 + length]
-        found.append((received[3], int.from_bytes(payload[4:8], "big") if received[3] == 7 else 0))
-        received = received[9 + length :]
-    return found
+    return [int.from_bytes(payload[4:8], "big") for kind, payload in frames_in(bytes(received)) if kind == 7]
 
 
 @pytest.mark.parametrize(
@@ -193,6 +182,6 @@ def test_a_body_that_never_ends_is_cut() -> None:
             assert (await client.get("/ok")).body == b"ok"
             async with raw_tcp(server.port) as (reader, writer):
                 writer.write(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\nslow")
-                assert await asyncio.wait_for(reader.read(-1), 10.0) == b""
+                assert await asyncio.wait_for(reader.read(-1), GENEROUS_S) == b""
 
     run(main())

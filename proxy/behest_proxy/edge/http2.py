@@ -323,12 +323,16 @@ class Http2Connection(ClientConnection):
             self._close_if_done()
 
     def _close_if_done(self) -> None:
-        """Close once nothing runs and no further request can come."""
-        if self.streams:
+        """Close once nothing runs and no further request can come.
+
+        Of an answer that has just ended much may be on its way yet, and its client confirms what it reads.
+        """
+        if self.streams or not self.is_open:
             return
-        if self._client_left:
+        is_quiet = self.host.loop.time() - self._idle_since > self.host.limits.linger_timeout_s
+        if self._client_left or (self._refusing and not is_quiet):
             self._linger()
-        elif self._refusing and self.is_open:
+        elif self._refusing:
             self._close()
 
     def cut(self) -> None:
