@@ -143,17 +143,14 @@ def test_an_http_1_0_client_gets_a_body_that_ends_with_the_connection() -> None:
 
 @LOOPS
 def test_a_client_that_closes_mid_answer_is_told_at_once(loop: str) -> None:
-    gone: list[float] = []
-    begun: list[float] = []
+    gone: list[bool] = []
     disconnects: list[str] = []
 
     async def stream_for_ever(scope: Scope, receive: Receive, send: Send) -> None:
-        clock = asyncio.get_running_loop().time
         stream = stream_of(scope)
-        stream.on_gone = lambda: gone.append(clock())
+        stream.on_gone = lambda: gone.append(True)
         stream.begin(200, [])
         stream.write(b"first")
-        begun.append(clock())
         await receive()
         disconnects.append((await receive())["type"])
         stream.write(b"dropped")
@@ -164,10 +161,8 @@ def test_a_client_that_closes_mid_answer_is_told_at_once(loop: str) -> None:
             async with raw_tcp(server.port) as (reader, writer):
                 writer.write(GET % b"")
                 await reader.readuntil(b"first")
-                closed = asyncio.get_running_loop().time()
-            await until(lambda: disconnects)
-            assert gone[0] - closed < 1.0
-            assert len(gone) == 1
+            await until(lambda: disconnects)  # and not when one of the edge's times is over: the shortest is a minute
+            assert gone == [True]
             assert disconnects == ["http.disconnect"]
 
     run(main(), loop=loop)
@@ -228,7 +223,7 @@ def test_a_full_socket_pauses_and_a_reader_resumes(loop: str) -> None:
             writer.write(GET % b"")
             await until(lambda: events)
             await asyncio.sleep(0.1)
-            assert events[-1] == "pause"
+            await until(lambda: events[-1] == "pause")
             [(_, _, body)] = await read_answers(reader, [b"GET"])
             assert body == b"".join(b"%08d" % number * 1250 for number in range(600))
             assert events[0::2] == ["pause"] * len(events[0::2])
@@ -297,6 +292,7 @@ def test_a_body_that_nobody_reads_is_not_buffered_without_bound() -> None:
             size = 32 * 2**20
             writer.write(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % size)
             sent = asyncio.get_running_loop().create_task(_write_all(writer, b"b" * size))
+            await until(lambda: scope_of)
             await asyncio.sleep(0.3)
             assert not sent.done()
             assert scope_of[0].unread_bytes <= 64 * 1024 + 256 * 1024
@@ -407,7 +403,7 @@ def test_a_head_that_trickles_in_is_given_up() -> None:
 
 def test_an_idle_connection_is_closed() -> None:
     async def main() -> None:
-        limits = EdgeLimits(idle_timeout_s=0.2)
+        limits = EdgeLimits(idle_timeout_s=1.0)
         async with running(application(echo), limits=limits) as server:
             async with raw_tcp(server.port) as (reader, writer):
                 assert await reader.read() == b""

@@ -17,6 +17,7 @@ from behest_proxy.edge.limits import EdgeLimits
 from behest_proxy.edge.server import TlsFiles, serve
 from proxy.certificates import self_signed
 from proxy.edge_clients import (
+    GENEROUS_S,
     LOOPS,
     answer,
     application,
@@ -29,6 +30,9 @@ from proxy.edge_clients import (
     stream_of,
     until,
 )
+
+FOR_EVER_S = 6 * GENEROUS_S
+"""Nothing here may wait for it: it is twice as long as a test may take."""
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +120,7 @@ def test_curl_is_served(options: list[str], version: str) -> None:
         async with running(application(direct)) as server:
             for _ in range(2):
                 process = await asyncio.create_subprocess_exec(
-                    "curl", "-sS", "--noproxy", "*", "--max-time", "10", *options,
+                    "curl", "-sS", "--noproxy", "*", "--max-time", "50", *options,
                     "-d", "hello", "-w", "|%{http_version} %{http_code}", server.url + "/",
                     stdout=subprocess.PIPE,
                 )  # fmt: skip
@@ -222,7 +226,7 @@ class Live:
         self.streams.append(stream)
         while (await receive())["type"] != "http.disconnect":
             pass
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.01)
         self.settled += 1
 
 
@@ -230,9 +234,8 @@ class Live:
 def test_a_live_stream_finishes_within_the_grace_period(loop: str) -> None:
     async def main() -> None:
         live = Live()
-        clock = asyncio.get_running_loop().time
         async with (
-            running(application(live), graceful_timeout_s=8) as server,
+            running(application(live), graceful_timeout_s=FOR_EVER_S) as server,
             raw_h2(server.port) as client,
             raw_tcp(server.port) as (reader, writer),
             raw_tcp(server.port) as (idle_reader, _),
@@ -240,7 +243,6 @@ def test_a_live_stream_finishes_within_the_grace_period(loop: str) -> None:
             stream_id = client.request()
             writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
             await until(lambda: len(live.streams) == 2)
-            began = clock()
             stopping = asyncio.get_running_loop().create_task(server.stop())
             await until(lambda: len(client.goaways) == 2)
             assert client.goaways == [(2**31 - 1, 0), (stream_id, 0)]
@@ -256,7 +258,6 @@ def test_a_live_stream_finishes_within_the_grace_period(loop: str) -> None:
             assert client.answers[stream_id].body == b"first last"
             assert (await reader.read()).endswith(b"0\r\n\r\n")
             await stopping
-            assert clock() - began < 6
             assert (live.gone, live.settled) == (0, 2)
 
     run(main(), loop=loop)
@@ -266,18 +267,15 @@ def test_a_live_stream_finishes_within_the_grace_period(loop: str) -> None:
 def test_a_stream_that_outlives_the_grace_period_is_reset_and_its_application_settles(loop: str) -> None:
     async def main() -> None:
         live = Live()
-        clock = asyncio.get_running_loop().time
         async with (
-            running(application(live), graceful_timeout_s=1.0) as server,
+            running(application(live), graceful_timeout_s=2.0) as server,
             raw_h2(server.port) as client,
             raw_tcp(server.port) as (reader, writer),
         ):
             stream_id = client.request()
             writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
             await until(lambda: len(live.streams) == 2)
-            began = clock()
             await server.stop()
-            assert clock() - began < 2.0
             await until(lambda: client.answers[stream_id].reset_code is not None)
             assert (live.gone, live.settled) == (2, 2)
             with suppress(ConnectionError):
@@ -287,10 +285,11 @@ def test_a_stream_that_outlives_the_grace_period_is_reset_and_its_application_se
 
 
 def test_an_application_that_will_not_end_is_cancelled_at_the_end_of_the_grace_period() -> None:
-    cancelled = 0
+    begun = cancelled = 0
 
     async def stubborn(scope: Scope, receive: Receive, send: Send) -> None:
-        nonlocal cancelled
+        nonlocal begun, cancelled
+        begun += 1
         try:
             await asyncio.sleep(3600)
         except asyncio.CancelledError:
@@ -298,16 +297,13 @@ def test_an_application_that_will_not_end_is_cancelled_at_the_end_of_the_grace_p
             raise
 
     async def main() -> None:
-        clock = asyncio.get_running_loop().time
         async with (
             running(application(stubborn), graceful_timeout_s=0.4) as server,
             raw_h2(server.port) as client,
         ):
             client.request()
-            await asyncio.sleep(0.1)
-            began = clock()
+            await until(lambda: begun)
             await server.stop()
-            assert clock() - began < 3.0
             assert cancelled == 1
 
     run(main())
@@ -316,8 +312,7 @@ def test_an_application_that_will_not_end_is_cancelled_at_the_end_of_the_grace_p
 def test_a_client_that_reads_nothing_cannot_hold_the_shutdown() -> None:
     async def main() -> None:
         live = Live()
-        clock = asyncio.get_running_loop().time
-        limits = EdgeLimits(stream_buffer_bytes=64 * 2**20)
+        limits = EdgeLimits(stream_buffer_bytes=64 * 2**20, stall_timeout_s=FOR_EVER_S, close_timeout_s=FOR_EVER_S)
         async with (
             running(application(live), graceful_timeout_s=0.4, limits=limits) as server,
             raw_tcp(server.port) as (_, writer),
@@ -327,9 +322,7 @@ def test_a_client_that_reads_nothing_cannot_hold_the_shutdown() -> None:
             await until(lambda: live.streams)
             live.streams[0].write(b"x" * 2**24)
             live.streams[0].end()
-            began = clock()
             await server.stop()
-            assert clock() - began < 3.0
 
     run(main())
 
@@ -343,7 +336,7 @@ def test_cancelling_serve_tells_the_applications() -> None:
                 application(live),
                 binds=["127.0.0.1:0"],
                 shutdown_trigger=asyncio.Event().wait,
-                graceful_timeout_s=30,
+                graceful_timeout_s=FOR_EVER_S,
                 on_bound=bound.extend,
             )
         )
