@@ -38,7 +38,7 @@ def new_id() -> UUID:
 
 
 def until_a_new_period_s(period: str, zone: str, now: datetime) -> float:
-    """How long to wait so that a calendar's period does not end in the middle of a test; 0 where it goes on for long."""
+    """How long to wait so that a calendar's period does not end in the middle of a test; 0: it goes on for long."""
     local = now.astimezone(ZoneInfo(zone))
     of_day_s = local.hour * 3600 + local.minute * 60 + local.second + local.microsecond / 1e6
     length_s = _PERIODS_S.get(period, 86_400.0)

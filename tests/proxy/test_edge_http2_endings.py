@@ -188,7 +188,7 @@ def test_what_a_client_sends_into_our_close_is_no_reason_for_a_reset(loop: str, 
 
 @LOOPS
 def test_a_servers_end_takes_nothing_of_the_last_answers_from_clients_that_go_on_talking(loop: str) -> None:
-    """A client confirms what it reads, and a socket that is closed answers that with a reset: the rest would be lost."""
+    """A client confirms what it reads. A socket that is closed answers that with a reset, and the rest is lost."""
     streams: list[ServedRequest] = []
     chunks = 200
 

@@ -47,21 +47,24 @@ def full_listener() -> Generator[int]:
                 filler.close()
 
 
-def closed_port() -> int:
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+@contextmanager
+def closed_port() -> Generator[int]:
+    """A port on which nobody listens, nor can anybody else meanwhile."""
+    with closing(socket.socket()) as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield int(taken.getsockname()[1])
 
 
 @pytest.mark.parametrize("loop", LOOPS)
 def test_a_refused_connection_is_told(loop: str) -> None:
     async def main() -> None:
-        async with a_client() as client:
-            for protocol in ("http1", "http2"):
-                url = f"http://127.0.0.1:{closed_port()}/"
-                handler = await fetch(client, a_request(url, protocol=protocol))
-                assert handler.failure is not None
-                assert (handler.kind, handler.failure.request_sent) == ("connect", False)
+        with closed_port() as port:
+            async with a_client() as client:
+                for protocol in ("http1", "http2"):
+                    url = f"http://127.0.0.1:{port}/"
+                    handler = await fetch(client, a_request(url, protocol=protocol))
+                    assert handler.failure is not None
+                    assert (handler.kind, handler.failure.request_sent) == ("connect", False)
 
     run(main, loop)
 
@@ -112,8 +115,8 @@ def test_a_cancel_while_connecting_leaves_nothing(loop: str) -> None:
                 call.cancel()
                 named, named_call = start(client, a_request("http://does-not-exist.invalid/"))
                 named_call.cancel()
+                await eventually(lambda: len(asyncio.all_tasks()) <= 2)
                 await asyncio.sleep(0.05)
-                assert len(asyncio.all_tasks()) <= 2
                 assert not handler.over.is_set()
                 assert not named.over.is_set()
 
@@ -135,7 +138,7 @@ def test_a_cancel_in_the_tls_handshake_is_seen_by_the_peer(loop: str) -> None:
             handler, call = start(client, a_request(f"https://127.0.0.1:{server.port}/"))
             await hello.wait()
             call.cancel()
-            await asyncio.wait_for(closed.wait(), 5)
+            await closed.wait()
             assert not handler.over.is_set()
 
     run(main, loop)
@@ -186,14 +189,14 @@ def test_a_slow_but_steady_body_is_not_idle() -> None:
         async def script(peer: Peer) -> None:
             await peer.request()
             await peer.send(CHUNKED_HEAD)
-            for _ in range(12):
+            for _ in range(9):
                 await peer.send(chunk(b"x"))
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(0.2)
             await peer.send(b"0\r\n\r\n")
 
         async with http1_server(script) as server, a_client() as client:
-            handler = await fetch(client, a_request(server.url, idle_timeout_s=0.4, first_byte_timeout_s=0.4))
-            assert (handler.body, handler.ended) == (b"x" * 12, 1)
+            handler = await fetch(client, a_request(server.url, idle_timeout_s=1.4))
+            assert (handler.body, handler.ended) == (b"x" * 9, 1)
 
     run(main)
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from behest_proxy.upstream import UpstreamClient, live_call
 from proxy.upstream_servers import (
     CHUNKED_HEAD,
+    GENEROUS_S,
     LOOPS,
     Peer,
     Recorder,
@@ -176,7 +177,9 @@ def test_bytes_on_an_idle_connection_close_it() -> None:
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-def test_a_stale_connection_is_retried_once_on_a_new_one(loop: str) -> None:
+def test_a_stale_connection_is_retried_once_on_a_new_one(loop: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live_call, "CROSSED_S", GENEROUS_S)
+
     async def main() -> None:
         requests = 0
 
@@ -270,7 +273,7 @@ def test_a_cancel_closes_the_connection_and_nothing_is_told_after_it(phase: str,
                     await eventually(lambda: handler.pieces)
             call.cancel()
             call.cancel()
-            await asyncio.wait_for(saw_close.wait(), 5)
+            await saw_close.wait()
             assert not handler.over.is_set()
             call.pause()
             call.resume()
@@ -307,15 +310,16 @@ def test_a_paused_call_blocks_its_peer_and_loses_nothing(loop: str) -> None:
             await peer.sees_close()
 
         async with http1_server(script) as server, a_client() as client:
-            handler, call = start(client, a_request(server.url, idle_timeout_s=0.3))
+            handler, call = start(client, a_request(server.url, idle_timeout_s=1.0))
             handler.on_piece = lambda data: call.pause()
             await eventually(lambda: handler.pieces)
-            await asyncio.sleep(0.5)  # longer than the idle limit
-            stopped_at = sent
+            await asyncio.sleep(1.2)  # longer than the idle limit
+            stopped_at = -1
+            while stopped_at != sent:  # the kernel's buffers are full when nothing more goes in
+                stopped_at = sent
+                await asyncio.sleep(0.1)
             assert stopped_at < size
             assert len(handler.pieces) == 1
-            await asyncio.sleep(0.1)
-            assert sent == stopped_at
             handler.on_piece = lambda data: None
             call.resume()
             await handler.over.wait()

@@ -14,6 +14,7 @@ from behest_proxy.upstream import live_call
 from proxy.h2_frames import frame, goaway
 from proxy.upstream_http2 import a_request, any_ok
 from proxy.upstream_servers import (
+    GENEROUS_S,
     LOOPS,
     H2Peer,
     Recorder,
@@ -24,6 +25,9 @@ from proxy.upstream_servers import (
     run,
     start,
 )
+
+FOR_EVER_S = 6 * GENEROUS_S
+"""Nothing here may wait for it: it is twice as long as a test may take."""
 
 
 def goes_away_once(code: int = 0) -> Callable[[H2Peer, int], None]:
@@ -149,7 +153,9 @@ def test_a_connection_that_closes_fails_its_calls(when: str) -> None:
     run(main)
 
 
-def test_a_stale_connection_is_retried_once_on_a_new_one() -> None:
+def test_a_stale_connection_is_retried_once_on_a_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live_call, "CROSSED_S", GENEROUS_S)
+
     async def main() -> None:
         async with http2_server() as server, a_client() as client:
             assert (await fetch(client, a_request(server.url))).ended == 1
@@ -296,7 +302,10 @@ def test_a_peer_that_speaks_no_http2_is_a_failure() -> None:
     run(main)
 
 
-def test_a_flood_of_pings_from_a_peer_that_does_not_read_is_cut() -> None:
+def test_a_flood_of_pings_from_a_peer_that_does_not_read_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The kernel takes megabytes before it.
+    monkeypatch.setattr("behest_proxy.upstream.http2.CONTROL_BACKLOG_BYTES_MAX", 64 * 1024)
+
     async def main() -> None:
         async with http2_server() as server, a_client() as client:
 
@@ -306,7 +315,7 @@ def test_a_flood_of_pings_from_a_peer_that_does_not_read_is_cut() -> None:
                 peer.transport.pause_reading()
 
             server.on_request = on_request
-            handler, _ = start(client, a_request(server.url))
+            handler, _ = start(client, a_request(server.url, idle_timeout_s=FOR_EVER_S))
             await handler.begun.wait()
             flood = frame(6, 0, 0, b"12345678") * 10_000
             for _ in range(2000):  # how often depends on the kernel and on who else runs
@@ -332,7 +341,6 @@ def test_an_idle_connection_says_goodbye() -> None:
 
 def test_a_connection_that_died_while_it_rested_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("behest_proxy.upstream.http2._PING_AFTER_S", 0.05)
-    monkeypatch.setattr("behest_proxy.upstream.http2._PING_TIMEOUT_S", 0.1)
 
     async def main() -> None:
         async with http2_server() as server, a_client() as client:
@@ -342,6 +350,7 @@ def test_a_connection_that_died_while_it_rested_is_found_out(monkeypatch: pytest
             assert server.peer.pings == 1
             await asyncio.sleep(0.15)
             server.peer.transport.pause_reading()
+            monkeypatch.setattr("behest_proxy.upstream.http2._PING_TIMEOUT_S", 0.1)
             handler = await fetch(client, a_request(server.url))
             assert (handler.body, handler.ended) == (b"hello", 1)
             assert len(server.peers) == 2
@@ -349,9 +358,9 @@ def test_a_connection_that_died_while_it_rested_is_found_out(monkeypatch: pytest
     run(main)
 
 
-def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+def _soon(monkeypatch: pytest.MonkeyPatch, *, timeout_s: float = 0.1) -> None:
     monkeypatch.setattr("behest_proxy.upstream.http2._PING_SILENT_S", 0.05)
-    monkeypatch.setattr("behest_proxy.upstream.http2._PING_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("behest_proxy.upstream.http2._PING_TIMEOUT_S", timeout_s)
 
 
 def test_a_connection_that_dies_under_a_silent_stream_ends_it_and_is_used_no_more(
@@ -369,6 +378,7 @@ def test_a_connection_that_dies_under_a_silent_stream_ends_it_and_is_used_no_mor
             assert handler.failure is not None
             assert (handler.kind, handler.failure.request_sent) == ("closed", True)
             assert "PING" in handler.failure.message
+            _soon(monkeypatch, timeout_s=GENEROUS_S)
             assert (await fetch(client, any_ok(server))).ended == 1
             assert len(server.peers) == 2
 
@@ -381,18 +391,18 @@ def test_a_connection_that_dies_while_it_rests_is_gone_before_the_next_request(m
     async def main() -> None:
         async with http2_server() as server, a_client() as client:
             assert (await fetch(client, a_request(server.url))).ended == 1
-            server.peer.transport.pause_reading()
-            await asyncio.sleep(0.3)
-            assert (await fetch(client, a_request(server.url))).ended == 1
-            server.peers[0].transport.resume_reading()
+            server.silent = True
             await eventually(lambda: server.peers[0].closed)
+            server.silent = False
+            _soon(monkeypatch, timeout_s=GENEROUS_S)
+            assert (await fetch(client, a_request(server.url))).ended == 1
             assert [len(peer.requests) for peer in server.peers] == [1, 1]
 
     run(main)
 
 
 def test_a_peer_that_thinks_for_long_but_answers_pings_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    _soon(monkeypatch)
+    _soon(monkeypatch, timeout_s=0.5)
 
     async def main() -> None:
         async with http2_server() as server, a_client() as client:

@@ -175,7 +175,7 @@ def test_a_paused_stream_is_bounded_and_does_not_stand_in_anothers_way(with_leng
 
         async with http2_server() as server, a_client() as client:
             server.on_request = on_request
-            paused, call = start(client, a_request(server.url, idle_timeout_s=0.3))
+            paused, call = start(client, a_request(server.url, idle_timeout_s=1.0))
             paused.on_piece = lambda data: call.pause()
             await eventually(lambda: paused.pieces)
             others = [start(client, a_request(server.url))[0] for _ in range(8)]
@@ -185,7 +185,7 @@ def test_a_paused_stream_is_bounded_and_does_not_stand_in_anothers_way(with_leng
             assert len(paused.pieces) == 1
             assert len(paused.body) <= STREAM_WINDOW_BYTES
             assert not tasks[1].done()
-            await asyncio.sleep(0.4)  # longer than the idle limit
+            await asyncio.sleep(1.2)  # longer than the idle limit
             # A resume may be followed by another pause at once.
             call.resume()
             assert len(paused.pieces) == 2
