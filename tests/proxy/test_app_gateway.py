@@ -46,14 +46,10 @@ def test_a_start_that_fails_leaves_nothing_open(
         Journal.open(tmp_path / "journal").close()  # it is not locked any more
         connection = await connect(database)
         try:
-            left = 1
-            for _ in range(100):
-                count = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'half-started'"
-                left = await connection.fetchval(count)
-                if not left:
-                    break
-                await asyncio.sleep(0.05)
-            assert left == 0
+            count = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'half-started'"
+            async with asyncio.timeout(30):
+                while await connection.fetchval(count):
+                    await asyncio.sleep(0.05)
         finally:
             await connection.close()
 
@@ -83,7 +79,7 @@ def test_a_settlement_that_the_books_refuse_holds_up_nobody_and_is_sent_again_by
         trace.ended(refused)
         gateway.desk.ended(account)
         gateway.writer.submit(refused)
-        assert await gateway.writer.flush(10)
+        assert await gateway.writer.flush(30)
         assert not gateway.desk._releasing  # pyright: ignore[reportPrivateUsage]
         # Its slot is free: the same id could not get one otherwise.
         gateway.memory.begin(asked, input_counts=TokenCounts(), rates=rates).ended(refused)
