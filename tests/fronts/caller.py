@@ -4,7 +4,7 @@ import asyncio
 import json
 import ssl
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 from urllib.parse import urlsplit
 
@@ -25,6 +25,8 @@ class Call(asyncio.Protocol):
         self.text = b""
         """The body so far; over HTTP/1.1 with its chunked framing."""
         self.request_id = ""
+        self.on_read: Callable[[], None] | None = None
+        """Told of each read that brought events."""
         self.left_ns = 0
         """When it was aborted, by CLOCK_MONOTONIC."""
         self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -58,6 +60,8 @@ class Call(asyncio.Protocol):
         self.text += data
         if self.over.done():
             return
+        if self.on_read is not None and b"data: " in data:
+            self.on_read()
         if ended:
             self.over.set_result(None)
         elif self._leave_after is not None and self.text.count(b"data: ") >= self._leave_after:
@@ -137,11 +141,18 @@ class Http2Call(Call):
 
 
 async def call(
-    url: str, wire: Wire, token: str, body: dict[str, Any], *, certificate: str | None, leave_after: int | None = None
+    url: str,
+    wire: Wire,
+    token: str,
+    body: dict[str, Any],
+    *,
+    certificate: str | None,
+    leave_after: int | None = None,
+    on_read: Callable[[], None] | None = None,
 ) -> Call:
     """Make a call and read it to its end, or leave after so many events: then the caller closes the connection.
 
-    `certificate`: of the front, PEM.
+    `certificate`: of the front, PEM. `on_read` is called for each read that brings events.
     """
     address = urlsplit(url)
     tls = None
@@ -155,6 +166,7 @@ async def call(
         address.port or 0,
         ssl=tls,
     )
+    protocol.on_read = on_read
     try:
         async with asyncio.timeout(30):
             await protocol.over
