@@ -138,7 +138,7 @@ def test_the_keeper_that_works_tells_and_the_one_that_stands_by_does_not(dsn: st
         one, _ = await books.admit(need=0)
         await books.settle(settlement(one, output=3))
         meters = Meter(), Meter()
-        keepers = [Keeper(dsn, watch=KeeperWatch(meter), interval_s=0.05) for meter in meters]
+        keepers = [Keeper(dsn, watch=KeeperWatch(meter), interval_s=0.05, seal_interval_s=0.0) for meter in meters]
         running: list[asyncio.Task[None]] = []
         for each, meter, result in zip(keepers, meters, ("worked", "stood_by"), strict=True):
             running.append(asyncio.create_task(each.run()))
@@ -146,8 +146,10 @@ def test_the_keeper_that_works_tells_and_the_one_that_stands_by_does_not(dsn: st
                 while not told(meter, names.KEEPER_ROUNDS).get((result,)):
                     await asyncio.sleep(0.01)
         assert told(meters[0], names.BUDGET_SPENT) == {("acme", "demo/money", "usd"): 30 / PICO_PER_USD}
-        assert 0 <= told(meters[0], names.SEAL_LAG)[()] < 20
-        assert told(meters[0], names.SEALED_ROWS)[()] > 0
+        async with asyncio.timeout(20):  # who writes elsewhere on this server may hold seals up for a moment
+            while not told(meters[0], names.SEALED_ROWS).get(()):
+                await asyncio.sleep(0.01)
+        assert told(meters[0], names.SEAL_LAG)[()] >= 0
         for instrument in (names.BUDGET_SPENT, names.HOLDERS, names.SEAL_LAG):
             assert told(meters[1], instrument) == {}
         text = page(meters[0]).decode()

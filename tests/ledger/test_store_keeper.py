@@ -418,13 +418,16 @@ def test_a_keeper_leaves_suspense_alone_for_the_period_of_grace(dsn: str) -> Non
 def test_a_keeper_waits_one_ttl_before_it_reaps(dsn: str) -> None:
     async def work(books: Books) -> None:
         sidecar = await Sidecar.start(books)
-        await sidecar.execute("UPDATE ledger.holder SET ttl = interval '0.4 s' WHERE holder_id = $1")
+        ttl = "UPDATE ledger.holder SET ttl = interval '{} s' WHERE holder_id = $1"
+        await sidecar.execute(ttl.format(5))
         await sidecar.die()
         # The server has been up for longer, but this session has not seen it.
-        await asyncio.sleep(0.5)
+        up = "SELECT clock_timestamp() - pg_postmaster_start_time() > interval '5 s'"
+        while not await books.connection.fetchval(up):
+            await asyncio.sleep(0.1)
         one = Keeper(dsn)
         assert (await one.run_once()).fenced == ()
-        await asyncio.sleep(0.5)
+        await sidecar.execute(ttl.format(0.001))
         assert len((await one.run_once()).fenced) == 1
         await one.aclose()
 

@@ -315,6 +315,7 @@ def test_the_keeper_seals_at_intervals(dsn: str) -> None:
         for _ in range(200):
             if report.seals:
                 break
+            await asyncio.sleep(0.05)
             report = await often.run_once()
         assert report.sealed_rows > 0
         await often.aclose()
@@ -380,7 +381,7 @@ def test_who_holds_seals_up_is_shown_only_to_who_may_see_it(dsn: str) -> None:
 
 def test_sealing_goes_in_pieces_of_bounded_size(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(seals, "ROWS_TARGET", 10)
-    monkeypatch.setattr(seals, "SPAN_FIRST", 4)
+    monkeypatch.setattr(seals, "SPAN_FIRST", 8)  # others on this server have transactions, too
     monkeypatch.setattr(keeper, "BATCHES_MAX", 2)
 
     async def work(books: Books) -> None:
