@@ -49,18 +49,22 @@ class _Handler(socketserver.BaseRequestHandler):
                     data = key.fileobj.recv(65536)  # type: ignore[union-attr]
                     if not data:
                         return
+                    said = data
                     if key.fileobj is server and left is not None:
                         data, left = data[:left], left - len(data)
                     key.data.sendall(data)
                     if left is not None and left <= 0:
-                        self._break(client, server)
+                        self._break(client, server, said)
                         return
 
-    def _break(self, client: socket.socket, server: socket.socket) -> None:
+    def _break(self, client: socket.socket, server: socket.socket, said: bytes) -> None:
+        """`said`: by the server, last; it may have been the end already."""
         self.cutter.done += 1
-        said = b""
         while not self.cutter.is_noticed and not said.endswith(b"0\r\n\r\n"):
-            said = said[-5:] + server.recv(65536)
+            more = server.recv(65536)
+            if not more:
+                break
+            said = said[-5:] + more
         # What was passed on still arrives; the server sees a reset.
         client.shutdown(socket.SHUT_WR)
         server.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_AT_ONCE)

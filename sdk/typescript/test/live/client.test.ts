@@ -16,9 +16,12 @@ async function cutting(cuts: number[]): Promise<string> {
     const onward = httpRequest(BASE_URL + (incoming.url ?? ""), { method: incoming.method, headers: { ...incoming.headers, host: new URL(BASE_URL).host } }, (answer) => {
       let left = incoming.url === "/v1/chat/completions" ? cuts.shift() : undefined;
       outgoing.writeHead(answer.statusCode ?? 502, answer.headers);
+      let isCut = false;
       answer.on("data", (bytes: Buffer) => {
+        if (isCut) return;
         outgoing.write(left === undefined ? bytes : bytes.subarray(0, left));
         if (left !== undefined && (left -= bytes.length) <= 0) {
+          isCut = true;
           onward.destroy();
           setTimeout(() => outgoing.destroy(), 5);
         }
