@@ -38,7 +38,7 @@ class Reader(threading.Thread):
         assert self.chunks, f"{self.status} {self.code}"
         return self
 
-    def ended(self, within_s: float = 30.0) -> "Reader":
+    def ended(self, within_s: float = 60.0) -> "Reader":
         """Wait for its end."""
         self.join(within_s)
         assert not self.is_alive(), f"the stream did not end within {within_s} s"

@@ -37,6 +37,8 @@ BEHEST = [sys.executable, "-I", "-m", "behest_proxy.cli.main"]
 _CHEAP_HASHER = PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)
 _numbers = count(1)
 _DAY_S = 86_400
+_ANSWER_S = 30.0
+"""How long an answer may take where that is not what a test is about; httpx's own patience is 5 s."""
 
 
 _PROBE = """
@@ -101,7 +103,10 @@ class Project:
         """A token for a user and session."""
         body = {"user_id": user, **({"session_id": session} if session else {}), **members}
         answer = httpx.post(
-            self.stack.base_url + "/v1/auth/mint", json=body, headers={"Authorization": f"Bearer {self.api_key}"}
+            self.stack.base_url + "/v1/auth/mint",
+            json=body,
+            headers={"Authorization": f"Bearer {self.api_key}"},
+            timeout=_ANSWER_S,
         )
         answer.raise_for_status()
         return str(answer.json()["jwt"])
@@ -111,13 +116,14 @@ class Project:
         headers = {"Authorization": f"Bearer {self.mint()}"}
 
         def is_known() -> bool:
-            return httpx.get(self.stack.base_url + "/v1/models", headers=headers).status_code == 200
+            return httpx.get(self.stack.base_url + "/v1/models", headers=headers, timeout=_ANSWER_S).status_code == 200
 
         wait_until(is_known, what="the sidecar's reading of the configuration")
 
     def budgets(self, token: str) -> dict[str, dict[str, Any]]:
         """The caller's budgets by name."""
-        answer = httpx.get(self.stack.base_url + "/v1/budgets", headers={"Authorization": f"Bearer {token}"})
+        headers = {"Authorization": f"Bearer {token}"}
+        answer = httpx.get(self.stack.base_url + "/v1/budgets", headers=headers, timeout=_ANSWER_S)
         answer.raise_for_status()
         return {row["budget"].partition("/")[2]: row for row in answer.json()["data"]}
 
@@ -237,7 +243,7 @@ class Stack:
         headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
 
         def is_read() -> bool:
-            preflight = httpx.options(self.base_url + "/v1/chat/completions", headers=headers)
+            preflight = httpx.options(self.base_url + "/v1/chat/completions", headers=headers, timeout=_ANSWER_S)
             return bool(preflight.headers.get("access-control-allow-origin") == origin)
 
         wait_until(is_read, what="the sidecar's reading of the configuration")
@@ -311,13 +317,15 @@ spec:
 
     def sim_requests(self, *, last: int = 10_000) -> list[dict[str, Any]]:
         """What the simulator saw last, oldest first."""
-        answer = httpx.get(self.sim_url.removesuffix("/v1") + "/sim/requests", params={"limit": last})
+        url = self.sim_url.removesuffix("/v1") + "/sim/requests"
+        answer = httpx.get(url, params={"limit": last}, timeout=_ANSWER_S)
         found: list[dict[str, Any]] = answer.json()
         return found
 
     def sim_request(self, request_id: str) -> dict[str, Any] | None:
         """What the simulator saw of one request; the id is the sidecar's."""
-        answer = httpx.get(self.sim_url.removesuffix("/v1") + "/sim/requests", params={"id": request_id})
+        url = self.sim_url.removesuffix("/v1") + "/sim/requests"
+        answer = httpx.get(url, params={"id": request_id}, timeout=_ANSWER_S)
         found: list[dict[str, Any]] = answer.json()
         return found[-1] if found else None
 

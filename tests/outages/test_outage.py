@@ -140,7 +140,7 @@ def test_a_sidecar_that_stops_while_the_database_is_away_settles_when_it_comes_b
         away.stack.sidecar.send_signal(signal.SIGTERM)
         live.ended()
         assert (live.code, live.done) == ("draining", True)
-        assert away.stack.sidecar.wait(20) == 0
+        assert away.stack.sidecar.wait(60) == 0
         assert not away.stack.query("SELECT FROM ledger.request")
         away.wire.back()
         away.stack.start_sidecar()
@@ -197,14 +197,15 @@ def test_streams_outlive_a_restart_of_postgresql(
 ) -> None:
     with away_stack(server.dsn, tmp_path) as away:
         project, token = away.project(limit_usd="1")
-        streams = [away.reader(token, output_tokens=1_500, chunk_interval_ms=2).begun() for _ in range(6)]
+        # What they hold lasts for ten seconds: a busy machine needs half of it to recover the database.
+        streams = [away.reader(token, output_tokens=700, chunk_interval_ms=20).begun() for _ in range(6)]
         server.kill() if how == "kill" else server.shut_down(how)
         refused = away.reader(token, output_tokens=5).asked()
         assert (refused.status, refused.code) == (503, "ledger_unavailable")
         server.start()
-        assert [(stream.ended().chunks, stream.code, stream.done) for stream in streams] == [(1_500, None, True)] * 6
+        assert [(stream.ended().chunks, stream.code, stream.done) for stream in streams] == [(700, None, True)] * 6
         rows = away.all_is_settled(project, requests=6)
-        assert [row["output_tokens"] for row in rows] == [1_500] * 6
+        assert [row["output_tokens"] for row in rows] == [700] * 6
 
 
 def test_a_sidecar_that_starts_while_its_database_is_away_waits_for_it(database: str, tmp_path: Path) -> None:
@@ -233,4 +234,4 @@ def test_a_sidecar_that_waits_for_its_database_stops_when_it_is_told_to(tmp_path
     with process(arguments, environment=environment, log=log) as waiting:
         wait_until(lambda: "trying again" in log.read_text(), what="the first attempt")
         waiting.send_signal(signal.SIGTERM)
-        assert waiting.wait(10) == 0
+        assert waiting.wait(60) == 0

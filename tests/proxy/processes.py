@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def eventually(check: Callable[[], bool], *, within_s: float = 15.0) -> bool:
+def eventually(check: Callable[[], bool], *, within_s: float = 60.0) -> bool:
     """Whether it comes true in time."""
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:

@@ -45,7 +45,7 @@ def test_a_bar_is_shown_on_a_terminal_and_wiped_away(database: str, tmp_path: Pa
         while part := os.read(ours, 1 << 16):
             shown += part
     os.close(ours)
-    assert child.wait(20) == 0
+    assert child.wait(60) == 0
     bars = re.findall(r"\r\x1b\[K\[([#.]{24})\] +(\d+)%  \d{4}-\d\d-\d\d \d\d:00  ([\d,]+) rows", shown.decode())
     assert [rows for _, _, rows in bars] == ["2", "4"]
     assert 0 < int(bars[0][1]) < int(bars[1][1]) <= 100

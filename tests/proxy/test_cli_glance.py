@@ -169,7 +169,7 @@ def test_on_a_terminal_it_goes_on_until_it_is_told_to_stop_and_leaves_the_screen
         with contextlib.suppress(OSError):
             while part := os.read(ours, 1 << 16):
                 shown += part
-        assert child.wait(20) == 0
+        assert child.wait(60) == 0
     finally:
         child.kill()
         child.wait()

@@ -136,7 +136,7 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.close()
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=60)
     assert err == b""
     assert process.returncode in (0, 130)
 

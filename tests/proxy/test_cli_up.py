@@ -117,7 +117,7 @@ class Bench:
     def ready(self) -> dict[str, Any]:
         """What the ready file says, once it is there."""
         path = self.data / "ready.json"
-        assert eventually(path.exists), self.running[-1].communicate(timeout=10)
+        assert eventually(path.exists), self.running[-1].communicate(timeout=60)
         return dict(json.loads(path.read_text()))
 
     def behest(self, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -128,7 +128,7 @@ class Bench:
             env=self.environment,
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=60,
             check=False,
         )
 
@@ -154,7 +154,7 @@ def bench() -> Generator[Bench, None, None]:
 def end(process: subprocess.Popen[str], number: signal.Signals = signal.SIGTERM) -> tuple[int, str, str]:
     """Stop it; status, standard output, standard error."""
     process.send_signal(number)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=60)
     return process.returncode, out, err
 
 
@@ -199,7 +199,7 @@ def test_ctrl_c_in_a_terminal_reaches_only_the_supervisor(bench: Bench) -> None:
     process = bench.start()
     bench.ready()
     os.killpg(process.pid, signal.SIGINT)
-    process.communicate(timeout=20)
+    process.communicate(timeout=60)
     assert process.returncode == 0
     assert bench.order() == ["proxy stopped", "sim stopped"]
 
@@ -210,12 +210,12 @@ def test_a_closed_terminal_stops_everything(bench: Bench) -> None:
     assert process.stdout is not None
     process.stdout.close()
     process.send_signal(signal.SIGHUP)
-    assert process.wait(20) == 0
+    assert process.wait(60) == 0
     assert bench.order() == ["proxy stopped", "sim stopped"]
 
 
 def test_a_second_ctrl_c_waits_for_nobody(bench: Bench) -> None:
-    process = bench.start(DRAIN_S="60")
+    process = bench.start(DRAIN_S="600")
     ready = bench.ready()
     process.send_signal(signal.SIGINT)
     # Two at once are one.
@@ -236,7 +236,7 @@ def test_kill_9_leaves_nothing_behind(bench: Bench) -> None:
 
 def test_a_sidecar_that_dies_is_named_with_the_end_of_its_log(bench: Bench) -> None:
     process = bench.start(DIE="1")
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "behest: the sidecar ended unexpectedly (exit status 1)" in err
     assert "  the journal is on fire" in err
@@ -246,7 +246,7 @@ def test_a_sidecar_that_dies_is_named_with_the_end_of_its_log(bench: Bench) -> N
 def test_a_sidecar_killed_later_ends_the_rest(bench: Bench) -> None:
     process = bench.start()
     os.kill(bench.ready()["proxy_pid"], signal.SIGKILL)
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "the sidecar ended unexpectedly (killed by SIGKILL)" in err
     assert bench.order() == ["sim stopped"]
@@ -254,7 +254,7 @@ def test_a_sidecar_killed_later_ends_the_rest(bench: Bench) -> None:
 
 def test_a_step_that_fails_is_named(bench: Bench) -> None:
     process = bench.start(BREAK_STEP="1")
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert err == "behest: the step `schema` failed: RuntimeError: the schema is from the future\n"
     assert "! ledger: schema" in out or "✗ ledger: schema" in out
@@ -304,7 +304,7 @@ def test_a_busy_port_is_told_before_anything_starts(bench: Bench) -> None:
         other.listen()
         port = other.getsockname()[1]
         process = bench.start("--port", str(port))
-        _, err = process.communicate(timeout=20)
+        _, err = process.communicate(timeout=60)
     assert process.returncode == 2
     assert err == f"behest: port {port} is in use; choose another: --port {port + 10}\n"
     assert bench.order() == []
@@ -324,7 +324,7 @@ def test_with_its_own_database_it_starts_again_and_goes_down(bench: Bench) -> No
         down = bench.behest("down")
         assert (down.returncode, down.stderr) == (0, "")
         assert f"rm -rf {bench.data}\n" in down.stdout
-        out, err = process.communicate(timeout=20)
+        out, err = process.communicate(timeout=60)
         assert (process.returncode, err) == (0, "")
         assert ("a new database" in out) is made
     assert keys[0] == keys[1]

@@ -27,10 +27,10 @@ class Reader:
         self.base_url = base_url or project.stack.base_url
 
     def get(self, path: str) -> httpx.Response:
-        return httpx.get(self.base_url + path, headers=self.headers)
+        return httpx.get(self.base_url + path, headers=self.headers, timeout=30)
 
     def delete(self, path: str) -> httpx.Response:
-        return httpx.delete(self.base_url + path, headers=self.headers)
+        return httpx.delete(self.base_url + path, headers=self.headers, timeout=30)
 
     def ask(self, *messages: Any, more: dict[str, str] | None = None, **body: Any) -> httpx.Response:
         """A call that does not stream."""

@@ -66,11 +66,6 @@ class Received:
             )
         ]
 
-    @property
-    def pushed_metrics(self) -> int:
-        """How often metrics came."""
-        return sum(isinstance(request, ExportMetricsServiceRequest) for request in list(self.requests))
-
     def metrics(self) -> dict[str, Any]:
         """The last state of each metric, by name."""
         return {
