@@ -149,7 +149,8 @@ def test_no_script_but_its_own_would_run(browser: Browser, stack: Stack) -> None
                 document.body.append(script);
                 fetch('https://example.com/').catch(() => 0);
                 const told = () => resolve([window.hit === undefined, refused]);
-                document.addEventListener('securitypolicyviolation', () => refused.length >= 5 && setTimeout(told, 100));
+                const look = () => refused.length >= 5 && setTimeout(told, 100);
+                document.addEventListener('securitypolicyviolation', look);
                 setTimeout(told, 20000);
             })"""
         )
