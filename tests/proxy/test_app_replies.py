@@ -5,12 +5,14 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 from uuid import UUID, uuid4
 
+import msgspec
 import pytest
 
 from behest_ledger.charging import Outcome
 from behest_ledger.store import replay
 from behest_ledger.store.errors import LedgerRefusedError, LedgerUnavailableError
 from behest_ledger.store.replay import Piece, Verdict
+from behest_ledger.store.threads import ThreadKey
 from behest_ledger.vault import Vault
 from behest_proxy.app import replies as module
 from behest_proxy.app.generation import Generation
@@ -89,6 +91,47 @@ def test_events_are_written_in_batches_and_the_end_with_the_last(ledger: Ledger)
         assert ledger.events(one) == b"".join(b"data: %d\n\n" % number for number in range(100)) + b"data: last\n\n"
         assert [piece.state for piece in ledger.pieces if piece.generation_id == one.generation_id][-1] == "whole"
         assert len([piece for piece in ledger.pieces if piece.events]) < 10
+
+    play(work)
+
+
+def test_that_a_reply_has_ended_is_written_at_once_whatever_else_waits(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "WRITE_S", 3600)
+
+    async def work(replies: Replies) -> None:
+        one = a_generation(replies)
+        one.add(b"data: 1\n\n", 1)
+        await asyncio.sleep(0)
+        assert not ledger.pieces
+        one.finished(Outcome.COMPLETED, is_charged=True)
+        await until(lambda: not replies.running)
+        assert [piece.state for piece in ledger.pieces] == ["whole"]
+
+    play(work)
+
+
+def test_who_asks_waits_for_what_was_there_and_not_for_what_others_go_on_saying(ledger: Ledger) -> None:
+    whose = ThreadKey(tenant_id="t", project_id="p", user_id="u", thread_id="")
+
+    def speak(replies: Replies, number: int) -> Generation:
+        one = a_generation(replies)
+        one.thread = msgspec.structs.replace(whose, thread_id=f"t{number}")
+        one.finished(Outcome.COMPLETED, is_charged=True)
+        return one
+
+    async def work(replies: Replies) -> None:
+        ledger.error = LedgerUnavailableError("away")
+        first = speak(replies, 0)
+        other = msgspec.structs.replace(whose, user_id="v")
+        assert await replies.written(other, timeout_s=0) is True
+        assert await replies.written(whose, timeout_s=0) is False
+        waiting = asyncio.create_task(replies.written(whose, timeout_s=2))
+        await asyncio.sleep(0)
+        speak(replies, 1)
+        replies.drop(first)
+        assert await waiting is True
 
     play(work)
 

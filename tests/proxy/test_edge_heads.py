@@ -86,6 +86,7 @@ def test_date_and_server_are_added_where_missing_and_connection_level_headers_dr
     assert lines.keys() == {b"x-a", b"date", b"server"}
     own = [(b"date", b"then"), (b"server", b"other")]
     assert answer_headers(own) == own
+    assert dict(answer_headers([(b"x-a", b" \t b \t")]))[b"x-a"] == b"b"  # HTTP/2 knows no space around a value
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import pytest
 from hpack import Decoder, Encoder
 from hpack.exceptions import HPACKError, OversizedHeaderListError
 from hpack.struct import HeaderTuple, NeverIndexedHeaderTuple
+from hpack.table import HeaderTable
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -88,10 +89,49 @@ def test_headers_are_bounded_however_few_bytes_they_come_in() -> None:
         decoder.decode(b"\xbe" * 10)
 
 
-@pytest.mark.parametrize("block", ["3fff ffff ff0f 82", "3fe2 1f"], ids=["huge", "one more than allowed"])
-def test_a_table_that_is_larger_than_allowed_is_refused(block: str) -> None:
+@pytest.mark.parametrize(
+    "block",
+    ["3fff ffff ff0f 82", "3fe2 1f", "82 20", "20 20 20 82", "20" * 5000],
+    ids=["huge", "one more than allowed", "behind a header", "three times", "again and again"],
+)
+def test_a_tables_size_is_changed_within_bounds_and_at_the_beginning(block: str) -> None:
     with pytest.raises(HPACKError):
         HeaderDecoder().decode(bytes.fromhex(block))
+    assert HeaderDecoder().decode(bytes.fromhex("20 3fe1 1f 82")) == [(b":method", b"GET")]
+
+
+def test_a_number_has_as_many_bytes_as_in_hpack() -> None:
+    # An index of four and of five bytes behind its prefix, with zeros on top: 2 in each case.
+    for block in ("ff 8380 8000", "7f 0000", "ff 8080 8080 00"):
+        try:
+            theirs: object = Decoder().decode(bytes.fromhex(block), raw=True)
+        except (HPACKError, IndexError):
+            theirs = "refused"
+        try:
+            ours: object = HeaderDecoder().decode(bytes.fromhex(block))
+        except HPACKError:
+            ours = "refused"
+        assert ours == theirs
+    decoder = HeaderDecoder()
+    for number in range(70):
+        decoder.decode(b"\x40\x01%c\x00" % (48 + number % 10))
+    # The 127th entry: 127 - 61 - 1 = 65 before the newest, and a number of 5 bytes that says so.
+    assert decoder.decode(bytes.fromhex("ff 80 80 80 80 00")) == [(b"4", b"")]
+    with pytest.raises(HPACKError):
+        decoder.decode(bytes.fromhex("ff 80 80 80 80 80 00"))
+
+
+def test_a_string_is_not_undone_where_it_must_be_too_large() -> None:
+    decoder = HeaderDecoder(max_header_list_size=1000)
+    misses = remembered.cache_info().misses
+    with pytest.raises(OversizedHeaderListError):
+        decoder.decode(b"\x00\x01a\xff" + b"\xa2\x1e" + b"\x00" * 4001)
+    assert remembered.cache_info().misses == misses
+
+
+def test_what_must_never_be_kept_is_told_apart() -> None:
+    read = HeaderDecoder().decode(b"\x10\x01a\x01b" + b"\x00\x01a\x01b" + b"\x40\x01a\x01b")
+    assert [isinstance(line, NeverIndexedHeaderTuple) for line in read] == [True, False, False]
 
 
 def test_a_table_that_must_shrink_and_does_not_is_refused() -> None:
@@ -129,6 +169,16 @@ def test_what_is_written_is_read_by_others_whatever_table_they_allow(
         )
         assert [(bytes(name), bytes(value)) for name, value in decoder.decode(encoder.encode(lines), raw=True)] == lines
         assert not decoder.header_table.dynamic_entries
+
+
+def test_every_length_and_every_known_name_is_written_as_others_read_it() -> None:
+    names = [name for name, _ in HeaderTable.STATIC_TABLE if name[:1] != b":"] + [
+        b"x" * size for size in (1, 126, 127, 128)
+    ]
+    said = [(name, b"v") for name in names] + [(b"x", b"y" * size) for size in (*range(120, 135), 254, 255, 256, 5000)]
+    said += [(b":status", b"%d" % status) for status in (200, 204, 418, 503)]
+    read = Decoder(max_header_list_size=100_000).decode(HeaderEncoder().encode(said), raw=True)
+    assert [(bytes(name), bytes(value)) for name, value in read] == said
 
 
 def test_a_client_that_changes_its_table_again_and_again_leaves_nothing_behind() -> None:

@@ -1,6 +1,7 @@
 """Heads over HTTP/1.1: read however they are cut, as `h11` reads them, and refused where a body's end is in doubt."""
 
 import itertools
+import re
 
 import h11
 import pytest
@@ -16,6 +17,7 @@ PIECES = st.sampled_from(
         b"HTTP/1.0 200\n",
         b"HTTP/1.1 103 Early\r\n\r\n",
         b"HTTP/1.1 204 \r\n",
+        b"HTTP/1.1 304 Not Modified\r\n",
         b"content-length: 5\r\n",
         b"Content-Length:5, 5\n",
         b"content-length: 6\r\n",
@@ -45,6 +47,18 @@ def read(data: bytes, *cuts: int) -> tuple[AnswerHead, bytes] | None:
     return found
 
 
+STRICTER = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)|\n[ \t]|HTTP/[^1]|HTTP/1\.[0-9] 0|101")
+"""What `h11` takes and we do not: control characters, folded lines, other versions, statuses below 100, and 101."""
+
+
+def is_refused_by_h11(data: bytes) -> bool:
+    try:
+        found = by_h11(data)
+    except h11.RemoteProtocolError:
+        return True
+    return found is None
+
+
 def by_h11(data: bytes) -> tuple[int, list[tuple[bytes, bytes]], bytes] | None:
     """The same by h11. Raises what it raises."""
     connection = h11.Connection(h11.CLIENT, max_incomplete_event_size=HEAD_BYTES_MAX)
@@ -67,6 +81,7 @@ def test_whatever_is_read_h11_reads_alike(data: bytes) -> None:
     try:
         found = read(data)
     except MalformedHead:
+        assert is_refused_by_h11(data) or STRICTER.search(data)
         return
     theirs = by_h11(data)
     if found is None:
@@ -84,6 +99,24 @@ def test_whatever_is_read_h11_reads_alike(data: bytes) -> None:
         assert (head.length, head.is_chunked) == (0, False)
     else:
         assert (head.length, head.is_chunked) == (None if is_chunked or not lengths else lengths[0], is_chunked)
+
+
+@pytest.mark.parametrize("end", [b"\r\n", b"\n"])
+def test_a_head_may_be_cut_anywhere_and_come_byte_by_byte(end: bytes) -> None:
+    data = end.join([b"HTTP/1.1 103 Hints", b"x: y", b"", b"HTTP/1.1 200 OK", b"content-length: 2", b"", b"ok"])
+    whole = read(data)
+    assert whole is not None
+    assert (whole[0].status, whole[0].headers, whole[1]) == (200, [(b"content-length", b"2")], b"ok")
+    for cut in range(1, len(data)):
+        assert read(data, cut) == whole
+    assert read(data, *range(len(data))) == whole
+
+
+def test_interim_answers_are_passed_over_and_not_without_end() -> None:
+    interim = b"HTTP/1.1 102 Processing\r\n\r\n"
+    assert read(interim * 32 + OK + b"\r\n") is not None
+    with pytest.raises(MalformedHead):
+        read(interim * 33 + OK + b"\r\n")
 
 
 @given(data=st.lists(PIECES, max_size=6).map(b"".join), cuts=st.lists(st.integers(0, 150), max_size=6))
@@ -123,6 +156,7 @@ def test_where_the_bytes_are_cut_changes_nothing(data: bytes, cuts: list[int]) -
         OK + b"transfer-encoding: gzip, chunked\r\n\r\n",
         OK + b"transfer-encoding: chunked\r\ntransfer-encoding: chunked\r\n\r\n",
         OK + b"x-a: " + b"a" * HEAD_BYTES_MAX,
+        OK + b"x-a: " + b"a" * HEAD_BYTES_MAX + b"\r\n\r\n",
     ],
 )
 def test_what_is_no_proper_head_is_refused_without_quoting_it(data: bytes) -> None:
@@ -139,6 +173,12 @@ def test_what_is_no_proper_head_is_refused_without_quoting_it(data: bytes) -> No
         (b"HTTP/1.1 200 OK\r\nconnection: x, Close\r\ncontent-length: 5\r\n\r\n", False),
         (b"HTTP/1.1 200 OK\r\nconnection: keep-alive\r\ntransfer-encoding: chunked\r\n\r\n", True),
         (b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n", False),
+        (b"HTTP/1.1 204 No Content\r\n\r\n", True),
+        (b"HTTP/1.1 204 No Content\r\ncontent-length: 0\r\n\r\n", True),
+        (b"HTTP/1.1 204 No Content\r\ncontent-length: 5\r\n\r\n", False),
+        (b"HTTP/1.1 204 No Content\r\ntransfer-encoding: chunked\r\n\r\n", False),
+        (b"HTTP/1.1 304 Not Modified\r\ncontent-length: 5\r\n\r\n", True),
+        (b"HTTP/1.1 304 Not Modified\r\ntransfer-encoding: chunked\r\n\r\n", False),
     ],
 )
 def test_a_connection_is_kept_where_nobody_can_doubt_where_the_answer_ends(headers: bytes, keeps: bool) -> None:

@@ -59,7 +59,7 @@ def test_a_name_that_is_no_token_is_refused(name: bytes) -> None:
         prepare(a(headers=[(name, b"x")]))
 
 
-@pytest.mark.parametrize("method", ["", "PO ST", "GET\r\n", "CONNECT", "PÖST"])
+@pytest.mark.parametrize("method", ["", "PO ST", "GET\r\n", "CONNECT", "HEAD", "PÖST"])
 def test_a_method_that_is_none_is_refused(method: str) -> None:
     with pytest.raises(ValueError):
         prepare(a(method=method))

@@ -15,7 +15,8 @@ from behest_ledger.telemetry.names import SERIES_MAX
 BUDGETS_MAX = SERIES_MAX
 """Budgets that are told of, in the order of tenant and name: the same ones every time."""
 
-# A window that has not ended is its subject's current one: the next one begins behind its end.
+# A window that has not ended is its subject's current one: the next one begins behind its end. (Where the server's
+# clock went back it may be the one before, for as long: that is told then, and nobody's money hangs on it.)
 _BUDGETS = """
 WITH told AS MATERIALIZED (
     SELECT * FROM ledger.budget WHERE deleted_at IS NULL AND name NOT LIKE 'tier:%'

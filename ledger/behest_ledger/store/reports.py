@@ -120,7 +120,8 @@ async def budgets_of(connection: Connection, tenant_id: str, attributes: dict[st
     return [BudgetState(**dict(row)) for row in rows]
 
 
-# A window that has not ended is its subject's current one: the next one begins behind its end.
+# A window that has not ended is its subject's current one: the next one begins behind its end. (Where the server's
+# clock went back it may be the one before, for as long: that is told then, and nobody's money hangs on it.)
 _READ_WINDOWS = """
 WITH windows AS (
     SELECT b.number, w.subject, w.spent, w.held + w.suspense AS held, w.overrun, w.ends_at, w.ceiling,

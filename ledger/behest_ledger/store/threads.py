@@ -41,7 +41,12 @@ class ThreadKey(msgspec.Struct, frozen=True, kw_only=True):
 
     def covers(self, thread: "ThreadKey") -> bool:
         """This is that thread; without a thread's id, all threads of its user."""
-        return thread == (self if self.thread_id else msgspec.structs.replace(self, thread_id=thread.thread_id))
+        return (
+            self.user_id == thread.user_id
+            and self.project_id == thread.project_id
+            and self.tenant_id == thread.tenant_id
+            and self.thread_id in ("", thread.thread_id)
+        )
 
 
 class StoredThread(msgspec.Struct, frozen=True, kw_only=True):

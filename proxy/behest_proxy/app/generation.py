@@ -377,6 +377,7 @@ class Generation:
             # Its client had all of it and left before it was said so.
             self.ending = DONE if self.state == "whole" else _LEFT.terminal_event()
         self.ended = True
+        self.is_dirty = False  # that it has ended is news, whatever else is to be written already
         self._changed()
         for follower in self._followers:
             follower.pump()

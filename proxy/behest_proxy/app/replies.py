@@ -130,7 +130,7 @@ class Replies:
     def changed(self, generation: Generation) -> None:
         """There is something to write. Called in the way of a chunk: at most once between two writes."""
         self._dirty[generation] = None
-        if generation.state != "running" or generation.new_messages is not None:
+        if _is_news(generation):
             self._wake.set()
 
     async def written(self, whose: ThreadKey, *, timeout_s: float) -> bool:
@@ -140,19 +140,13 @@ class Replies:
         for any longer: False.
         """
         deadline_s = time.monotonic() + timeout_s
-        while is_unwritten := self._is_unwritten(whose):
+        # What comes later is not waited for: somebody may speak all the time.
+        waiting = [one for one in self._dirty if _is_news(one) and one.thread is not None and whose.covers(one.thread)]
+        while waiting := [one for one in waiting if one in self._dirty and _is_news(one)]:
             if time.monotonic() >= deadline_s:
                 break
             await asyncio.sleep(LOOK_AGAIN_S)
-        return not is_unwritten
-
-    def _is_unwritten(self, whose: ThreadKey) -> bool:
-        return any(
-            one.thread is not None
-            and whose.covers(one.thread)
-            and (one.new_messages is not None or one.state != "running")
-            for one in self._dirty
-        )
+        return not waiting
 
     def given_up(self, generation: Generation, error: ShownError | None) -> None:
         """Its call failed before it was under way: a reply that goes on stays as broken as it was."""
@@ -314,6 +308,11 @@ class Replies:
                 return
             size_bytes -= generation.size_bytes
             generation.give_up_keeping()
+
+
+def _is_news(generation: Generation) -> bool:
+    """The store lacks its turn, or its end."""
+    return generation.new_messages is not None or generation.state != "running"
 
 
 def _ending(generation: Generation) -> bytes | None:

@@ -104,8 +104,8 @@ def date_header() -> bytes:
 def answer_headers(headers: Iterable[Header]) -> list[Header]:
     """The headers of an answer as both protocols send them: lower case, safe, with `date` and `server`.
 
-    Connection-level headers are dropped. Raises ValueError for names that are no tokens and for values with
-    control characters: such a header could split the answer.
+    Connection-level headers are dropped, and white space around values (RFC 9110, 5.5). Raises ValueError for names
+    that are no tokens and for values with control characters: such a header could split the answer.
     """
     result: list[Header] = []
     has_date = has_server = False
@@ -117,7 +117,7 @@ def answer_headers(headers: Iterable[Header]) -> list[Header]:
             continue
         has_date = has_date or name == b"date"
         has_server = has_server or name == b"server"
-        result.append((name, bytes(value)))
+        result.append((name, bytes(value).strip(b" \t")))
     if not has_date:
         result.append((b"date", date_header()))
     if not has_server:

@@ -16,7 +16,12 @@ from hpack.table import HeaderTable, table_entry_size
 
 _REMEMBERED = 1024
 _REMEMBERED_BYTES_MAX = 2048
-"""Of one string, coded: so all that is remembered is a few MiB at most, whoever sends what."""
+"""Of one string, coded: so all that is remembered is a few MiB at most, whoever sends what. Whether a whole string was
+sent lately can be measured by who sends it too: that is of no use against tokens, whose every byte must be known."""
+_TABLE_CHANGES_MAX = 2
+"""In one block: the least and the last size since the block before (RFC 7541, 4.2)."""
+_CODED_BYTES_MAX = 4
+"""Of the Huffman code for one byte: 30 bits (RFC 7541, appendix B)."""
 _NUMBER_BYTES_MAX = 5
 """Behind its prefix (RFC 7541, 5.1 leaves the bound to us): more than any length that is allowed here needs."""
 
@@ -43,14 +48,14 @@ class HeaderDecoder(Decoder):
         Raises `HPACKDecodingError`, `InvalidTableIndex`, `InvalidTableSizeError` and `OversizedHeaderListError`.
         """
         headers: list[Header] = []
-        size_bytes = 0
-        position = 0
+        size_bytes = position = changes = 0
         try:
             while position < len(data):
                 first = data[position]
                 if first & 0xE0 == 0x20:
-                    if headers:
-                        raise HPACKDecodingError("a table's size that changes behind a header")
+                    changes += 1
+                    if headers or changes > _TABLE_CHANGES_MAX:
+                        raise HPACKDecodingError("a table's size that changes behind a header, or again and again")
                     position = self._resize(data, position)
                     continue
                 header, position = self._line(data, position, first)
@@ -72,13 +77,27 @@ class HeaderDecoder(Decoder):
         if index:
             name = self._entry(index)[0]
         else:
-            name, position = _string(data, position)
-        value, position = _string(data, position)
+            name, position = self._string(data, position)
+        value, position = self._string(data, position)
         if first & 0x40:
             self.header_table.add(name, value)
         elif first & 0x10:
             return NeverIndexedHeaderTuple(name, value), position
         return (name, value), position
+
+    def _string(self, data: bytes, position: int) -> tuple[bytes, int]:
+        """RFC 7541, 5.2: a string, and where it ends."""
+        is_coded = data[position] & 0x80
+        size, begin = _number(data, position, 0x7F)
+        end = begin + size
+        if end > len(data):
+            raise HPACKDecodingError("a string that ends behind its block")
+        text = data[begin:end]
+        if not is_coded:
+            return text, end
+        if size > _CODED_BYTES_MAX * self.max_header_list_size:
+            raise OversizedHeaderListError(f"more than {self.max_header_list_size} bytes of headers")
+        return remembered(text) if size <= _REMEMBERED_BYTES_MAX else decode_huffman(text), end
 
     def _entry(self, index: int) -> tuple[bytes, bytes]:
         return _STATIC[index - 1] if 0 < index <= len(_STATIC) else self.header_table.get_by_index(index)
@@ -137,19 +156,6 @@ def _number(data: bytes, position: int, prefix: int) -> tuple[int, int]:
         if more < 0x80:
             return number, position
     raise HPACKDecodingError("a number that is too large")
-
-
-def _string(data: bytes, position: int) -> tuple[bytes, int]:
-    """RFC 7541, 5.2: a string, and where it ends."""
-    is_coded = data[position] & 0x80
-    size, begin = _number(data, position, 0x7F)
-    end = begin + size
-    if end > len(data):
-        raise HPACKDecodingError("a string that ends behind its block")
-    text = data[begin:end]
-    if not is_coded:
-        return text, end
-    return remembered(text) if size <= _REMEMBERED_BYTES_MAX else decode_huffman(text), end
 
 
 @lru_cache(256)

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 HEAD_BYTES_MAX = 64 * 1024
 _LENGTH_DIGITS_MAX = 19
+_INTERIM_MAX = 32
+"""Interim answers before the one that counts."""
 
 Header = tuple[bytes, bytes]
 
@@ -46,36 +48,47 @@ def composed(method: bytes, target: bytes, headers: Iterable[Header]) -> bytes:
 class HeadReader:
     """Reads from a connection until the head of the answer is whole; interim answers (1xx) are passed over."""
 
-    __slots__ = ("_data", "_searched")
+    __slots__ = ("_interim", "_kept", "_searched")
 
     def __init__(self) -> None:
-        self._data = b""
+        self._kept = bytearray()
+        """Of a head that has begun: what came of it so far."""
         self._searched = 0
+        self._interim = 0
 
     def feed(self, data: bytes) -> tuple[AnswerHead, bytes] | None:
         """The head and what came behind it, once it is whole. Raises `MalformedHead`."""
-        data = self._data = self._data + data if self._data else data
+        whole: bytes | bytearray = data
+        if self._kept:
+            self._kept += data
+            whole = self._kept
+        begin = 0
         while True:
-            if not data.startswith(_BEGINNING[: len(data)]):
+            if not whole.startswith(_BEGINNING[: len(whole) - begin], begin):
                 raise MalformedHead("malformed head of the answer")
-            found = _END.search(data, self._searched)
+            found = _END.search(whole, max(begin, self._searched))
+            if (len(whole) if found is None else found.end()) - begin > HEAD_BYTES_MAX:
+                raise MalformedHead("the head of the answer is too large")
             if found is None:
-                if len(data) > HEAD_BYTES_MAX:
-                    raise MalformedHead("the head of the answer is too large")
-                self._searched = max(0, len(data) - 2)
-                return None
-            head = _parsed(data, found.end())
-            self._searched = 0
-            data = self._data = data[found.end() :]
+                break
+            head = _parsed(whole, begin, found.end())
+            begin = found.end()
             if head is not None:
-                return head, data
-            if not data:
-                return None
+                return head, bytes(whole[begin:])
+            self._interim += 1
+            if self._interim > _INTERIM_MAX:
+                raise MalformedHead("interim answers, and no end of them")
+        if whole is data:
+            self._kept = bytearray(data[begin:])
+        else:
+            del self._kept[:begin]
+        self._searched = max(0, len(self._kept) - 2)
+        return None
 
 
-def _parsed(data: bytes, end: int) -> AnswerHead | None:
-    """The head that ends there; None for an interim one. Raises `MalformedHead`."""
-    line = _STATUS_LINE.match(data, 0, end)
+def _parsed(data: bytes | bytearray, begin: int, end: int) -> AnswerHead | None:
+    """The head that stands there; None for an interim one. Raises `MalformedHead`."""
+    line = _STATUS_LINE.match(data, begin, end)
     if line is None:
         raise MalformedHead("malformed head of the answer")
     status = int(line[2])
@@ -110,7 +123,9 @@ def _framed(status: int, headers: list[Header], *, minor_version: int) -> Answer
         elif name == b"connection" and b"close" in (option.strip() for option in value.lower().split(b",")):
             keeps_alive = False
     if status in (204, 304):
-        return AnswerHead(status, headers, 0, False, keeps_alive)
+        # Of a 304 a length is that of what it does not send. A 204 has none: whoever says so may send it after all.
+        is_plain = not is_chunked and (status == 304 or not length)
+        return AnswerHead(status, headers, 0, False, keeps_alive and is_plain)
     if is_chunked:
         return AnswerHead(status, headers, None, True, keeps_alive and length is None)
     return AnswerHead(status, headers, length, False, keeps_alive)

@@ -78,8 +78,8 @@ class PreparedRequest(msgspec.Struct, frozen=True, kw_only=True):
 def prepare(request: UpstreamRequest) -> PreparedRequest:
     """Check and normalise. Raises ValueError, without the offending value, for what must not reach a wire."""
     method = request.method.encode("ascii", "replace")
-    if not _TOKEN.fullmatch(method) or method == b"CONNECT":
-        raise ValueError("the method is no HTTP method of a request to an origin")
+    if not _TOKEN.fullmatch(method) or method in (b"CONNECT", b"HEAD"):
+        raise ValueError("the method is none of a request to an origin whose answer may have a body")
     origin, target = _split(request.url)
     headers = _clean(request.headers)
     if request.body or method in _METHODS_WITH_BODY:
