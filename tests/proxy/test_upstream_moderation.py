@@ -1,12 +1,15 @@
 """While many streams speak, the loop takes up what they say together; who is alone or in a hurry never waits."""
 
 import asyncio
+import socket
+import sys
 from collections.abc import Callable, Coroutine
 from typing import Any, cast
 
 import pytest
 
 from behest_proxy.upstream.moderation import PERIOD_S, TOGETHER_MIN, Moderation
+from proxy.upstream_servers import LOOPS, run
 
 INTERVAL_S = 0.004
 BUSY = int(TOGETHER_MIN * PERIOD_S / INTERVAL_S)
@@ -151,3 +154,40 @@ def test_after_a_silence_it_looks_no_more_until_the_next_read(clock: Clock) -> N
         assert not found.attentive
 
     on_a_loop(clock, work)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other kernels cannot be asked to acknowledge later")
+@pytest.mark.parametrize(("reads", "is_at_once"), [(BUSY - 1, 1), (BUSY, 0)])
+def test_acknowledgements_of_an_answer_are_put_off_while_streams_are_busy(
+    reads: int, is_at_once: int, clock: Clock
+) -> None:
+    async def work() -> None:
+        found = await watched(clock, INTERVAL_S, reads)
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            transport, _ = await asyncio.get_running_loop().create_connection(
+                asyncio.Protocol, *server.getsockname()[:2]
+            )
+            found.answer_begins(transport)
+            ours: socket.socket = transport.get_extra_info("socket")
+            assert ours.getsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK) == is_at_once
+            transport.abort()
+
+    on_a_loop(clock, work)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_an_answer_whose_connection_is_gone_already_is_no_error(loop: str) -> None:
+    async def work() -> None:
+        found = Moderation(INTERVAL_S)
+        found.reads = BUSY
+        found.after_read()
+        await asyncio.sleep(PERIOD_S * 1.5)
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            transport, _ = await asyncio.get_running_loop().create_connection(
+                asyncio.Protocol, *server.getsockname()[:2]
+            )
+            transport.abort()
+            await turns(4)
+            found.answer_begins(transport)
+
+    run(work, loop)

@@ -227,6 +227,8 @@ class Http1Connection(asyncio.Protocol):
         self._head = None
         self._body = _reader_for(head)
         self._keep_alive = head.keeps_alive
+        if head.is_chunked:
+            self._moderation.answer_begins(self._raw)
         call.head(head.status, head.headers)
         return rest
 
