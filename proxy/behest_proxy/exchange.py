@@ -74,8 +74,17 @@ class Exchange:
     """The decisions of one request. See the module for its life."""
 
     def __init__(self, terms: Terms) -> None:
+        # What each chunk asks for stands first, as in `Conduct`.
         self.phase = Phase.ADMITTING
-        self._terms = terms
+        self._pending: Sequence[bytes] = ()
+        """Payloads that wait for credit. The provider is paused meanwhile, so they are one read's worth."""
+        self._upstream_over: _Ending | None = None
+        """What to do about the provider's end once the pending payloads are through."""
+        self._is_between_events = False
+        """The next read begins an event."""
+        self._likeness = Likeness()
+        self._count = terms.count
+        self._chunks = 0
         self._meter = Meter(
             ratio=terms.ratio,
             choices=terms.choices,
@@ -83,8 +92,8 @@ class Exchange:
             cap_tokens=terms.cap_tokens,
             metered=terms.metered,
         )
+        self._terms = terms
         self._framer = SseFramer() if terms.upstream_streams else WholeFramer()
-        self._likeness = Likeness()
         self._is_paid_whole = False
         """A whole answer whose usage is within the hold: there is nothing to count."""
         self._usage = UsageState()
@@ -98,12 +107,8 @@ class Exchange:
         self._status = 0
         self._headers: Sequence[tuple[bytes, bytes]] = ()
         self._error_body = b""
-        self._pending: list[bytes] = []
-        """Payloads that wait for credit. The provider is paused meanwhile, so they are one read's worth."""
         self._asked: AskCredit | None = None
         self._early_ask_refused = False
-        self._upstream_over: _Ending | None = None
-        """What to do about the provider's end once the pending payloads are through."""
         self._seen: set[int] = set()
         self._finish_reasons: dict[int, str] = {}
         self._shortened: set[int] = set()
@@ -112,7 +117,6 @@ class Exchange:
         """The usage that the client was told last."""
         self._frame = b"{}"
         """A chunk whose id, model and so on a chunk of our own may bear."""
-        self._chunks = 0
 
     @property
     def forwarded(self) -> tuple[int, int, int]:
@@ -206,11 +210,10 @@ class Exchange:
         """
         if self.phase is not Phase.STREAMING or self._pending or self._upstream_over is not None:
             return 0
-        texts = self._likeness.texts_of(read) if self._framer.is_between_events else None
+        texts = self._likeness.texts_of(read) if self._is_between_events else None
         if texts is None:
             return 0
-        count = self._terms.count
-        if not self._meter.pay(count(texts[0]) if len(texts) == 1 else sum(map(count, texts))):
+        if not self._meter.pay(self._count(texts[0]) if len(texts) == 1 else sum(map(self._count, texts))):
             return 0
         self._chunks += len(texts)
         return len(texts)
@@ -228,8 +231,9 @@ class Exchange:
             payloads = self._framer.feed(data)
         except SseTooLarge:
             return self._end(Outcome.UPSTREAM_ERROR, now_s, provider_errors.broken())
+        self._is_between_events = self._framer.is_between_events
         if self._pending:
-            self._pending += payloads
+            self._pending = [*self._pending, *payloads]
             return []
         return self._walk(payloads, now_s)
 
@@ -248,7 +252,7 @@ class Exchange:
             self._take_usage(decode(self._framer.usage))
             self._is_paid_whole = self._usage.seen and self._usage.counts.output_tokens <= self._meter.credit_tokens
         if self._pending:
-            self._pending += rest
+            self._pending = [*self._pending, *rest]
             actions: list[Action] = []
         else:
             actions = self._walk(rest, now_s) if rest else []
@@ -301,12 +305,12 @@ class Exchange:
 
     # --- the walk of a chunk -----------------------------------------------------------------------------------
 
-    def _walk(self, payloads: list[bytes], now_s: float) -> list[Action]:
+    def _walk(self, payloads: Sequence[bytes], now_s: float) -> list[Action]:
         """Decode, count, pay, edit and hand over, in their order, as far as the credit reaches."""
         forward: list[bytes] = []
         over: _Ending | None = None
         seen = self._seen if self.phase is Phase.STREAMING else frozenset[int]()
-        count = self._terms.count
+        count = self._count
         pay: Callable[[int], bool] = self._meter.pay if not self._is_paid_whole else lambda _tokens: True
         for index, payload in enumerate(payloads):
             try:
@@ -346,7 +350,7 @@ class Exchange:
 
     def _walk_pending(self, now_s: float) -> list[Action]:
         """Walk over what waited, and go on where it is through."""
-        pending, self._pending = self._pending, []
+        pending, self._pending = self._pending, ()
         actions = self._walk(pending, now_s)
         if self._pending or self.phase is Phase.ENDED:
             return actions
@@ -384,7 +388,7 @@ class Exchange:
         return False
 
     def _tokens_of(self, chunk: Chunk) -> tuple[int, int, int]:
-        count = self._terms.count
+        count = self._count
         output = reasoning = calls = 0
         for texts in chunk_texts(chunk):
             output += count(texts.visible) + count(texts.tools)
@@ -442,7 +446,7 @@ class Exchange:
             with suppress(ChunkError):
                 if self._take_usage(decode(payload)):
                     self._usage.limit(input_tokens=held, output_tokens=got)
-        self._pending = []
+        self._pending = ()
 
     def _hand_over(self, payloads: list[bytes], now_s: float) -> list[Action]:
         """Paid payloads on their way to the client."""

@@ -8,6 +8,7 @@ texts take 25 ms a megabyte (`toktok` 4): prompts are counted up to `PROMPT_TOKE
 
 import functools
 import threading
+from collections.abc import Callable
 from typing import Literal
 
 import splintr
@@ -30,7 +31,7 @@ _PIECES_MAX = 8192
 class TokenCounter:
     """Counts with one vocabulary; it may be used from any thread."""
 
-    __slots__ = ("_of_piece", "encoding", "exact", "ratio")
+    __slots__ = ("_of_piece", "count", "encoding", "exact", "ratio")
 
     def __init__(self, encoding: Encoding, *, exact: bool) -> None:
         self.encoding: Encoding = encoding
@@ -40,9 +41,13 @@ class TokenCounter:
         """The factor that makes a count a careful estimate of the provider's own count."""
         # Deltas are words, and few words make up most of any language: to know one is half the cost of counting it.
         self._of_piece = functools.lru_cache(_PIECES_MAX)(self._measured)
+        self.count: Callable[[str], int] = self._count
+        """The number of tokens in a text, special tokens counted as the plain text that they look like.
 
-    def count(self, text: str) -> int:
-        """The number of tokens in `text`, special tokens counted as the plain text that they look like."""
+        One and the same object for all streams, so that it is in the processor's cache when the next one counts.
+        """
+
+    def _count(self, text: str) -> int:
         return self._of_piece(text) if len(text) <= _PIECE_CHARS_MAX else self._measured(text)
 
     def _measured(self, text: str) -> int:

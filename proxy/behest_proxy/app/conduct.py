@@ -82,19 +82,23 @@ class Conduct:
 
         The client of a reply that is kept is its `Generation`; `attempt` says how often that was begun.
         """
+        # What each chunk asks for stands first, on as few lines of the processor's cache as hold it: where many streams
+        # take turns, each finds its own cold.
+        self._exchange: Exchange | None = None
         self._gateway = gateway
+        self._trace = trace
         self._loop = asyncio.get_running_loop()
+        self._last_write_s = 0.0
+        self._generation = client if isinstance(client, Generation) else None
+        self._client = client
+        self._client_paused = False
         self._admission = admission
         self._rates = rates
-        self._trace = trace
         self._make_exchange = exchange
         self._make_upstream_request = upstream_request
-        self._client = client
-        self._generation = client if isinstance(client, Generation) else None
         self._attempt = attempt
         self._context = context
         self._report: Report = report if report is not None else NoReport()
-        self._exchange: Exchange | None = None
         self._grant: Granted | None = None
         self._checkpointed = _NOTHING
         self._granted_tokens = 0
@@ -103,8 +107,6 @@ class Conduct:
         self._client_left = client.gone
         self._stopped: tuple[Outcome, ShownError] | None = None
         self._credit_paused = False
-        self._client_paused = False
-        self._last_write_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._stall_timer: asyncio.TimerHandle | None = None
         self._started_s = self._loop.time()
@@ -206,27 +208,27 @@ class Conduct:
     def on_data(self, data: bytes) -> None:
         """See `UpstreamHandler`. The way of a chunk: one synchronous walk to the client's socket."""
         assert self._exchange is not None
-        now_s = self._loop.time()
         exchange = self._exchange
         if not self._gateway.holder.lives:
             self._gateway.lose_all()
             return
-        if self._first_byte_s is None and exchange.phase is not Phase.REFUSED:
-            self._first_byte_s = now_s
-            self._trace.first_byte()
-            # Once more, so that no later chunk is asked whether it is the first.
-            self._report.first_byte()
-            self.on_data(data)
-            self._report.handed_over()
-            return
         events = exchange.passes(data)
         if events:
             self._trace.store(*exchange.forwarded)  # before the client gets it: what was sent is never uncounted
-            self._write(data, events, now_s)
+            self._write(data, events, self._loop.time())
             if actions := exchange.ask_ahead():
                 self._perform(actions)
             return
+        now_s = self._loop.time()
+        if self._first_byte_s is not None or exchange.phase is Phase.REFUSED:
+            self._perform(exchange.parsed(data, now_s))
+            return
+        # The first read never passes: nothing is known that it could be like.
+        self._first_byte_s = now_s
+        self._trace.first_byte()
+        self._report.first_byte()
         self._perform(exchange.parsed(data, now_s))
+        self._report.handed_over()
 
     def on_end(self) -> None:
         """See `UpstreamHandler`."""

@@ -32,11 +32,12 @@ class Framing(Enum):
 class Http1Stream(ServedRequest):
     """The request that an `Http1Connection` is answering."""
 
-    __slots__ = ("_chunked", "_connection", "_framing", "_version")
+    __slots__ = ("_chunked", "_connection", "_framing", "_transport", "_version")
 
     def __init__(self, *, host: EdgeHost, scope: dict[str, Any], connection: "Http1Connection") -> None:
         super().__init__(host=host, scope=scope)
         self._connection = connection
+        self._transport = connection.transport
         self._version: str = scope["http_version"]
         self._framing = Framing.CHUNKED
         self._chunked = False
@@ -58,9 +59,8 @@ class Http1Stream(ServedRequest):
             return
         if not data or self.suppressed:
             return
-        connection = self._connection
         if self._chunked:
-            connection.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+            self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
         else:
             self._write_unchunked(data)
         if self.paused:

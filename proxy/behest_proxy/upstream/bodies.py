@@ -71,6 +71,15 @@ class CloseReader:
 class ChunkedReader:
     """A chunked body (RFC 9112, 7.1). Extensions and trailers are read and dropped; bare LF is refused."""
 
+    __slots__ = (
+        "_expects_crlf",
+        "_in_trailers",
+        "_line",
+        "_remaining",
+        "_trailer_bytes",
+        "complete",
+        "surplus",
+    )
     ends_with_connection = False
 
     def __init__(self) -> None:

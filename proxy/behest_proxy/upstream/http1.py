@@ -35,20 +35,21 @@ class Http1Connection(asyncio.Protocol):
     def __init__(
         self, connected: Connected, owner: Http1Owner, *, idle_timeout_s: float, moderation: Moderation
     ) -> None:
+        # What each read asks for stands first, on as few lines of the processor's cache as hold it.
+        self._call: LiveCall | None = None
+        self._received_any = False
+        self._request_sent = False
+        self._body: BodyReader | None = None
+        self._moderation = moderation
         self._loop = asyncio.get_running_loop()
         self._owner = owner
-        self._moderation = moderation
         self._transport = connected.transport
         self._raw = connected.raw
         self._proxy = connected.absolute_form_proxy
         self._idle_timeout_s = idle_timeout_s
         self._idle_timer: asyncio.TimerHandle | None = None
-        self._call: LiveCall | None = None
         self._head: HeadReader | None = None
-        self._body: BodyReader | None = None
-        self._request_sent = False
         self._unsent_bytes = 0
-        self._received_any = False
         self._calls_carried = 0
         self._keep_alive = False
         self._reading_paused = False

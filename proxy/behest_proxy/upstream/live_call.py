@@ -59,7 +59,6 @@ class LiveCall:
         "_loop",
         "_phase",
         "_requeue",
-        "_time",
         "_timer",
         "head_received",
         "is_paused",
@@ -87,7 +86,6 @@ class LiveCall:
         """It was given to a second connection; there is no third."""
         self._handler: UpstreamHandler | None = handler
         self._loop = loop
-        self._time = loop.time
         self._carrier: Carrier | None = None
         self._requeue = requeue
         self._held: list[bytes] = []
@@ -117,7 +115,7 @@ class LiveCall:
         if not self.live or not self.is_paused:
             return
         self.is_paused = False
-        self._active_at = self._time()
+        self._active_at = self._loop.time()
         if self._held:
             held, self._held = b"".join(self._held), []
             self.data(held)
@@ -141,14 +139,14 @@ class LiveCall:
 
     def progressed(self) -> None:
         """Request bytes went out: the limit in force starts anew."""
-        self._active_at = self._time()
+        self._active_at = self._loop.time()
 
     def sent(self) -> None:
         """The whole request is out. The handler hears it once, whatever is sent again."""
         if not self.live or self.request_sent:
             return
         self.request_sent = True
-        self._active_at = self._time()
+        self._active_at = self._loop.time()
         if (handler := self._handler) is not None:
             try:
                 handler.on_request_sent()
@@ -169,7 +167,7 @@ class LiveCall:
 
     def data(self, data: bytes) -> None:
         """Body bytes, not empty."""
-        self._active_at = self._time()
+        self._active_at = self._loop.time()
         if self.is_paused:
             self._held.append(data)
         elif (handler := self._handler) is not None:
@@ -204,7 +202,7 @@ class LiveCall:
         Most likely its peer closed it while it was idle and the request crossed that. But who had the request for
         longer may have worked on it, and would bill both: a POST is not repeated then (RFC 9110, 9.2.2).
         """
-        if self._time() - self._active_at <= CROSSED_S:
+        if self._loop.time() - self._active_at <= CROSSED_S:
             self.unprocessed(kind, message)
         else:
             self.fail(kind, message)
@@ -257,7 +255,7 @@ class LiveCall:
     def _enter(self, phase: Phase, limit_s: float) -> None:
         self._phase = phase
         self._limit_s = limit_s
-        self._active_at = self._time()
+        self._active_at = self._loop.time()
         if self._timer is not None:
             self._timer.cancel()
         self._timer = None if phase is Phase.OVER else self._loop.call_later(limit_s, self._look_at_time)
@@ -266,7 +264,7 @@ class LiveCall:
         self._timer = None
         if self.is_paused and self._phase is not Phase.CONNECTION:
             return  # resume() starts it again
-        left_s = self._active_at + self._limit_s - self._time()
+        left_s = self._active_at + self._limit_s - self._loop.time()
         if left_s > 0:
             self._timer = self._loop.call_later(left_s, self._look_at_time)
             return
