@@ -153,6 +153,27 @@ def test_a_refusal_is_told_at_once_where_nobody_is_about_to_give_back() -> None:
     play(scenario)
 
 
+def test_who_is_refused_may_wait_for_what_has_ended_and_is_not_settled_yet() -> None:
+    async def scenario() -> None:
+        ledger = Ledger({1: 0, 2: 0})
+        desk = ledger.desk
+        ended, aside, running = (ledger.open(1, held=1), ledger.open(2, held=1), ledger.open(1, held=1))
+        assert not await desk.released(1, 60), "nothing has ended"
+        desk.ended(ended)
+        desk.ended(aside)
+        assert not await desk.released(1, 0.01), "it is not settled in time"
+        waiting = [asyncio.create_task(desk.released(window, 60)) for window in (1, 1, 2)]
+        await asyncio.sleep(0.01)
+        assert not any(task.done() for task in waiting)
+        ledger.settle(ended)
+        desk.never_settled(aside.request_id)
+        assert await asyncio.gather(*waiting) == [True, True, True]
+        assert not await desk.released(1, 60), "the other one runs on"
+        ledger.settle(running)
+
+    play(scenario)
+
+
 def test_the_first_is_told_no_and_the_others_get_what_it_gives_back_one_after_the_other() -> None:
     async def scenario() -> None:
         ledger = Ledger({1: 40})

@@ -110,7 +110,23 @@ def test_batches_start_some_time_apart() -> None:
     writing(ledger, work)
     gaps = [later - sooner for sooner, later in zip(ledger.started_s, ledger.started_s[1:], strict=False)]
     assert min(gaps) > BATCH_INTERVAL_S - 1e-9
-    assert len(ledger.batches) == 11
+    assert len(ledger.batches) == 6
+
+
+def test_what_ends_together_after_a_silence_is_one_batch() -> None:
+    ledger = Ledger()
+
+    async def work(one: SettlementWriter, desk: Desk) -> None:
+        await asyncio.sleep(1)
+        for _ in range(8):
+            one.submit(settlement(new_id()))
+            await asyncio.sleep(BATCH_INTERVAL_S / 10)
+        assert ledger.batches == [], "a client that asks again comes first"
+        assert await one.flush(60)
+        assert len(desk.told) == 8
+
+    writing(ledger, work)
+    assert [len(batch) for batch in ledger.batches] == [8]
 
 
 @pytest.mark.parametrize(

@@ -276,6 +276,21 @@ spec: {{number: 1, concurrency: 2}}
     assert stack.verify().findings == []
 
 
+def test_who_asks_again_right_after_an_answer_is_not_refused_for_what_that_one_held(stack: Stack) -> None:
+    project = stack.project(project="  defaultTier: free")
+    stack.apply(f"""
+apiVersion: behest.ai/v1alpha1
+kind: Tier
+metadata: {{name: free, namespace: {project.namespace}}}
+spec: {{number: 1, concurrency: 1}}
+""")
+    body = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "Hi"}], "sim": {"output_tokens": 1}}
+    headers = {"Authorization": f"Bearer {project.mint()}"}
+    with httpx.Client(base_url=stack.base_url, headers=headers, timeout=30) as client:
+        statuses = [client.post("/v1/chat/completions", json=body).status_code for _ in range(50)]
+    assert statuses == [200] * 50
+
+
 TIER = """
 apiVersion: behest.ai/v1alpha1
 kind: Tier

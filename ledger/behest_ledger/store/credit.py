@@ -101,6 +101,8 @@ class CreditDesk:
         """Per window: local holds that have ended and are not settled yet. Their rest is about to be free."""
         self._moved_s: dict[int, float] = {}
         """Per window with a line: when somebody last gave money back to it."""
+        self._released_in: dict[int, asyncio.Event] = {}
+        """Per window: somebody waits for the next that gives money back to it."""
         self._task: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -124,6 +126,21 @@ class CreditDesk:
         account.ended = True
         for window in account.windows:
             self._releasing[window] = self._releasing.get(window, 0) + 1
+
+    async def released(self, window: int, timeout_s: float) -> bool:
+        """Wait for the next request that has ended here to give its rest of a window back.
+
+        False: none is about to, or not in time. True: what the books have refused they may grant now.
+        """
+        if window not in self._releasing:
+            return False
+        event = self._released_in.setdefault(window, asyncio.Event())
+        try:
+            async with asyncio.timeout(timeout_s):
+                await event.wait()
+        except TimeoutError:
+            return False
+        return True
 
     def settled(self, request_id: UUID) -> None:
         """The settlement was acknowledged: the next in each line may try again."""
@@ -149,6 +166,8 @@ class CreditDesk:
                 self._releasing[window] = left
             else:
                 del self._releasing[window]
+            if (event := self._released_in.pop(window, None)) is not None:
+                event.set()
             self._next_in_line(window)
 
     def limits_changed(self) -> None:

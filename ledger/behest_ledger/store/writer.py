@@ -21,8 +21,9 @@ from behest_ledger.store.outage import Outage
 logger = logging.getLogger(__name__)
 
 BATCH_ITEMS_MAX = 200
-BATCH_INTERVAL_S = 0.005
-"""Batches start at least this far apart: under load they grow instead of multiplying."""
+BATCH_INTERVAL_S = 0.01
+"""Batches start at least this far apart, and so long after the first that wakes the writer: they grow instead of
+multiplying. A client's next request comes right behind its last answer, and finds the database to itself."""
 RETRY_FIRST_S = 0.05
 RETRY_MAX_S = 2.0
 QUARANTINED_MAX = 1000
@@ -101,6 +102,7 @@ class SettlementWriter:
                 self._idle.set()
                 self._wake.clear()
                 await self._wake.wait()
+                await asyncio.sleep(BATCH_INTERVAL_S)
             started_s = loop.time()
             batch = [self._queue[index] for index in range(min(len(self._queue), items_max))]
             try:

@@ -64,6 +64,9 @@ logger = logging.getLogger(__name__)
 POLL_S = 0.5
 LEDGER_SILENCE_S = 5.0
 """Not ready once the ledger was not heard of for so long."""
+ADMISSION_TRIES_MAX = 3
+RELEASE_S = 1.0
+"""How long a refused admission waits for the settlement of what has ended here."""
 STOP_FLUSH_S = 2.0
 
 
@@ -226,7 +229,18 @@ class Gateway:
     # --- requests ----------------------------------------------------------------------------------------------
 
     async def admit(self, admission: Admission) -> Answer:
-        """See `store.holds.admit`. Nobody waits for a ledger that is known to be away."""
+        """See `store.holds.admit`. Nobody waits for a ledger that is known to be away.
+
+        Nobody is refused for what an answer that has ended here still holds: the client who got it may ask again before
+        it is settled.
+        """
+        for _ in range(ADMISSION_TRIES_MAX - 1):
+            answer = await self._asked(admission)
+            if not isinstance(answer, Refused) or not await self.desk.released(answer.window_id, RELEASE_S):
+                return answer
+        return await self._asked(admission)
+
+    async def _asked(self, admission: Admission) -> Answer:
         if self._ledger_is_silent or not self.holder.lives:
             raise LedgerUnavailableError("the ledger was not heard of for some time")
         asked_s = time.monotonic()
