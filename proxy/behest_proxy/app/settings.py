@@ -101,7 +101,7 @@ class Settings:
     """After so long without a chunk the client gets a comment, so that nothing in between gives up."""
     client_stall_s: float = 60.0
     """A client that reads nothing for so long is cut."""
-    moderation_ms: float = 4.0
+    moderation_ms: float = 6.0
     """While many streams speak at once, what providers say is taken up so many milliseconds apart, all of it together:
     a wake-up costs more than a chunk. Single streams never wait. 0: never; at most 20."""
     drain_s: float = 2.0
