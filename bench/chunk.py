@@ -21,6 +21,8 @@ _SETTLE_S = 0.4
 """After a wave: what is written behind it (the ledger) counts too."""
 _IDLE_S = 3.0
 
+ALL_IN_CHUNKS = 500
+
 Length = Literal["short", "long"]
 
 
@@ -60,59 +62,76 @@ class Effort:
 
 DEFAULT = Effort(short_responses=3, short_chunks=100, long_chunks=500, turns=2)
 QUICK = Effort(short_responses=1, short_chunks=100, long_chunks=300, turns=1)
-THOROUGH = Effort(short_responses=6, short_chunks=100, long_chunks=1000, turns=3)
+THOROUGH = Effort(short_responses=4, short_chunks=100, long_chunks=1000, turns=5)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Spent:
-    """What one proxy used for all waves of one length."""
+    """What one proxy used for a wave."""
 
-    requests: int = 0
-    chunks: int = 0
-    cpu_s: float = 0.0
+    requests: int
+    chunks: int
+    cpu_s: float
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one proxy used in one turn of a case."""
+
+    short: Spent
+    long: Spent
+
+    @property
+    def slope_us(self) -> float:
+        """What a chunk costs."""
+        short, long = self.short, self.long
+        more_s = long.cpu_s / long.requests - short.cpu_s / short.requests
+        return more_s / (long.chunks / long.requests - short.chunks / short.requests) * 1e6
+
+    @property
+    def request_ms(self) -> float:
+        """What a request costs beside its chunks: the intercept."""
+        return (self.short.cpu_s - self.short.chunks * self.slope_us / 1e6) / self.short.requests * 1e3
+
+    @property
+    def all_in_us(self) -> float:
+        """What a chunk of an answer of 500 costs with its share of the request."""
+        return self.slope_us + self.request_ms * 1e3 / ALL_IN_CHUNKS
 
 
 @dataclass
 class Result:
-    """What one proxy showed in one case."""
+    """What one proxy showed in one case: figures are those of the turn in the middle."""
 
-    spent: dict[Length, Spent] = field(default_factory=lambda: {"short": Spent(), "long": Spent()})
-    slopes_us: list[float] = field(default_factory=list[float])
-    """Each turn's own, to show how far they differ."""
+    turns: list[Turn] = field(default_factory=list[Turn])
     postgres_cpu_s: float = 0.0
     shares: dict[str, float] = field(default_factory=dict[str, float])
     """The largest part of a core that each process took during a wave, and `others` of the whole machine."""
 
     @property
-    def per_chunk_us(self) -> float:
-        """The slope."""
-        return _slope_us(self.spent["short"], self.spent["long"])
+    def slopes_us(self) -> list[float]:
+        """Each turn's own, to show how far they differ."""
+        return [turn.slope_us for turn in self.turns]
 
     @property
     def median_us(self) -> float:
-        """The slope of the turn in the middle."""
+        """What a chunk costs."""
         return statistics.median(self.slopes_us)
 
     @property
     def per_request_ms(self) -> float:
-        """The intercept."""
-        short = self.spent["short"]
-        return (short.cpu_s - short.chunks * self.per_chunk_us / 1e6) / short.requests * 1e3
+        """What a request costs beside its chunks."""
+        return statistics.median(turn.request_ms for turn in self.turns)
+
+    @property
+    def all_in_us(self) -> float:
+        """What a chunk of an answer of 500 costs with its share of the request."""
+        return statistics.median(turn.all_in_us for turn in self.turns)
 
     @property
     def requests(self) -> int:
         """Answers in all waves."""
-        return self.spent["short"].requests + self.spent["long"].requests
-
-    @property
-    def all_in_us(self) -> float:
-        """All CPU of the long answers over their chunks: what a chunk costs with its share of the request."""
-        return self.spent["long"].cpu_s / self.spent["long"].chunks * 1e6
-
-
-def _slope_us(short: Spent, long: Spent) -> float:
-    more_s = long.cpu_s / long.requests - short.cpu_s / short.requests
-    return more_s / (long.chunks / long.requests - short.chunks / short.requests) * 1e6
+        return sum(turn.short.requests + turn.long.requests for turn in self.turns)
 
 
 class Bench:
@@ -164,12 +183,7 @@ class Bench:
                     )
                     spent[peer.name][length] = await self._measured(peer, wave, results[peer.name])
             for name, by_length in spent.items():
-                results[name].slopes_us.append(_slope_us(by_length["short"], by_length["long"]))
-                for length, each in by_length.items():
-                    total = results[name].spent[length]
-                    total.requests += each.requests
-                    total.chunks += each.chunks
-                    total.cpu_s += each.cpu_s
+                results[name].turns.append(Turn(by_length["short"], by_length["long"]))
         return results
 
     async def _measured(self, peer: Peer, wave: Wave, result: Result) -> Spent:
@@ -216,7 +230,7 @@ def _wave(case: Case, *, responses: int, chunks: int) -> Wave:
 def table(results: dict[str, dict[str, Result]]) -> str:
     """All cases, for people."""
     head = (
-        f"{'case':<14}{'proxy':<8}{'us/chunk':>9}{'each turn':>16}{'ms/request':>12}{'us, all in':>12}"
+        f"{'case':<14}{'proxy':<8}{'us/chunk':>9}{'each turn':>28}{'ms/request':>12}{'us, all in':>12}"
         f"{'postgres ms/req':>17}   most of a core in a wave"
     )
     lines = [head]
@@ -226,7 +240,7 @@ def table(results: dict[str, dict[str, Result]]) -> str:
             postgres = f"{result.postgres_cpu_s / result.requests * 1e3:.2f}" if peer == "behest" else "-"
             shares = ", ".join(f"{who} {share:.0%}" for who, share in result.shares.items() if share >= 0.005)
             lines.append(
-                f"{name:<14}{peer:<8}{result.per_chunk_us:>9.1f}{turns:>16}{result.per_request_ms:>12.2f}"
+                f"{name:<14}{peer:<8}{result.median_us:>9.1f}{turns:>28}{result.per_request_ms:>12.2f}"
                 f"{result.all_in_us:>12.1f}{postgres:>17}   {shares}"
             )
     return "\n".join(lines)
@@ -237,9 +251,9 @@ def lines(results: dict[str, dict[str, Result]]) -> list[str]:
     found: list[str] = []
     for name, by_peer in results.items():
         behest, envoy = by_peer["behest"], by_peer["envoy"]
-        ratio = behest.per_chunk_us / envoy.per_chunk_us
+        ratio = behest.median_us / envoy.median_us
         found.append(
-            f"{name}: behest {behest.per_chunk_us:.1f} us, envoy {envoy.per_chunk_us:.1f} us, ratio {ratio:.2f}"
+            f"{name}: behest {behest.median_us:.1f} us, envoy {envoy.median_us:.1f} us, ratio {ratio:.2f}"
             f" (per request: {behest.per_request_ms:.2f} ms, {envoy.per_request_ms:.2f} ms;"
             f" {behest.all_in_us / envoy.all_in_us:.2f} all in)"
         )

@@ -48,7 +48,7 @@ examples:
   make bench ARGS=field                            all that can be installed, 20 minutes; see docs/field.md
   make bench ARGS="field --quick --gateway envoy --gateway behest"
   make bench ARGS=telemetry                        what a request's telemetry costs, seconds
-  make bench ARGS="chunk --thorough"               1,000-chunk answers and three turns, 15 minutes
+  make bench ARGS="chunk --thorough"               1,000-chunk answers, medians of five turns, 16 minutes
 
 A figure is the ratio, not the microseconds: those are this machine's. Look at `others` in the table: when other
 processes take more than a tenth of the machine, run it again.

@@ -1,6 +1,7 @@
 """However a peer's bytes are cut, the body is the same; what is no framing is refused."""
 
 import itertools
+from collections.abc import Iterable
 
 import pytest
 from hypothesis import given
@@ -49,6 +50,36 @@ def test_one_read_with_a_hundred_chunks_is_one_piece() -> None:
     assert reader.feed(b"".join(chunk(b"x" * 200) for _ in range(100))) == b"x" * 20_000
 
 
+def _read(pieces: Iterable[bytes]) -> tuple[bytes, bool, bool] | None:
+    """The body, whether it ended, whether more came; None: refused."""
+    reader, body = ChunkedReader(), b""
+    try:
+        for piece in pieces:
+            if reader.complete:
+                return body, True, True
+            body += reader.feed(piece)
+    except MalformedBody:
+        return None
+    return body, reader.complete, reader.surplus
+
+
+@given(
+    st.lists(st.sampled_from([b"x" * 90, b"{}", b"0"]), min_size=30, max_size=90),
+    st.sampled_from([b"a\r\nb", b"\r\n", b"0\r\n", b"y"]),
+    st.sampled_from([b"", b"0\r\n\r\n", b"0\r\n\r\n" + chunk(b"z" * 9), b"0\r\na: b\r\n\r\n", b"5\r\nab"]),
+    st.integers(0, 10_000),
+    st.sampled_from([b"", b"\r\n", b"0", b"\r", b"-", b"_", b" ", b";", b"\r\n\r\n", b"g"]),
+    st.integers(0, 3),
+)
+def test_a_run_of_chunks_in_one_read_is_what_it_is_byte_by_byte(
+    chunks: list[bytes], last: bytes, end: bytes, place: int, odd: bytes, dropped: int
+) -> None:
+    wire = b"".join(map(chunk, [*chunks, last])) + end
+    at = place % len(wire)
+    wire = wire[:at] + odd + wire[at + dropped :]
+    assert _read([wire]) == _read(wire[index : index + 1] for index in range(len(wire)))
+
+
 @pytest.mark.parametrize(
     "wire",
     [
@@ -93,6 +124,9 @@ def test_bytes_behind_a_body_are_told() -> None:
     assert measured.feed(b"abcd") == b"abc"
     assert (chunked.complete, chunked.surplus) == (True, True)
     assert (measured.complete, measured.surplus) == (True, True)
+    run = ChunkedReader()
+    assert run.feed(chunk(b"x" * 90) * 20 + b"0\r\n\r\n" + chunk(b"y")) == b"x" * 1800
+    assert (run.complete, run.surplus) == (True, True)
 
 
 @given(st.binary(min_size=1, max_size=100), st.lists(st.integers(0, 1000), max_size=10))

@@ -10,6 +10,8 @@ _HEX = b"0123456789abcdefABCDEF"
 _SIZE_LINE_BYTES_MAX = 4 * 1024
 _SIZE_DIGITS_MAX = 15
 _TRAILER_BYTES_MAX = 32 * 1024
+_MANY_BYTES_MIN = 1024
+"""From so much on it is worth looking whether a read is a run of whole chunks."""
 
 
 class MalformedBody(Exception):
@@ -105,20 +107,21 @@ class ChunkedReader:
             data = self._line + data
             self._line = b""
         position, size = 0, len(data)
-        first = b""
-        more: list[bytes] | None = None
+        is_run_likely = True
+        parts: list[bytes] = []
         while position < size:
             if self._remaining:
                 end = min(position + self._remaining, size)
                 self._remaining -= end - position
-                if not first:
-                    first = data[position:end]
-                elif more is None:
-                    more = [first, data[position:end]]
-                else:
-                    more.append(data[position:end])
+                parts.append(data[position:end])
                 position = end
                 self._expects_crlf = not self._remaining
+                continue
+            if is_run_likely and size - position >= _MANY_BYTES_MIN and not (self._expects_crlf or self._in_trailers):
+                is_run_likely = False
+                payloads, bytes_taken = _whole_chunks(data[position:])
+                parts += payloads
+                position += bytes_taken
                 continue
             found = data.find(b"\r\n", position)
             if found < 0:
@@ -136,7 +139,7 @@ class ChunkedReader:
                 self._remaining = self._parse_size(data[position:found])
                 self._in_trailers = not self._remaining
             position = found + 2
-        return first if more is None else b"".join(more)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _keep(self, start: bytes) -> None:
         if len(start) > _SIZE_LINE_BYTES_MAX:
@@ -160,3 +163,24 @@ class ChunkedReader:
         if not line or line.strip(_HEX) or len(line) > _SIZE_DIGITS_MAX:
             raise MalformedBody("a chunk's size is no hexadecimal number")
         return int(line, 16)
+
+
+def _whole_chunks(data: bytes) -> tuple[list[bytes], int]:
+    """The payloads of the whole chunks that `data` begins with, and the bytes that these take with their framing.
+
+    All of them or none: where a payload holds a line end itself, or a line anything but a size, nothing is taken.
+    """
+    lines = data.split(b"\r\n")
+    rest = lines[len(lines) - 1 & ~1 :]  # what follows the last whole pair of lines
+    sizes, payloads = lines[: len(lines) - len(rest) : 2], lines[1 : len(lines) - len(rest) : 2]
+    if payloads and not payloads[-1]:  # the chunk that ends the body
+        rest = [sizes.pop(), payloads.pop(), *rest]
+    if (
+        not all(payloads)
+        or not all(sizes)
+        or b"".join(sizes).strip(_HEX)
+        or max(map(len, sizes), default=0) > _SIZE_DIGITS_MAX
+        or [int(size, 16) for size in sizes] != list(map(len, payloads))
+    ):
+        return [], 0
+    return payloads, len(data) - sum(map(len, rest)) - 2 * (len(rest) - 1)
