@@ -162,6 +162,8 @@ def test_who_is_refused_may_wait_for_what_has_ended_and_is_not_settled_yet() -> 
         desk.ended(ended)
         desk.ended(aside)
         assert not await desk.released(1, 0.01), "it is not settled in time"
+        since = desk.releasing
+        assert since == {1, 2}
         waiting = [asyncio.create_task(desk.released(window, 60)) for window in (1, 1, 2)]
         await asyncio.sleep(0.01)
         assert not any(task.done() for task in waiting)
@@ -169,6 +171,8 @@ def test_who_is_refused_may_wait_for_what_has_ended_and_is_not_settled_yet() -> 
         desk.never_settled(aside.request_id)
         assert await asyncio.gather(*waiting) == [True, True, True]
         assert not await desk.released(1, 60), "the other one runs on"
+        assert not await desk.released(1, 60, since=frozenset({2}))
+        assert await desk.released(1, 60, since=since), "it was settled while the books were asked"
         ledger.settle(running)
 
     play(scenario)

@@ -127,13 +127,19 @@ class CreditDesk:
         for window in account.windows:
             self._releasing[window] = self._releasing.get(window, 0) + 1
 
-    async def released(self, window: int, timeout_s: float) -> bool:
+    @property
+    def releasing(self) -> frozenset[int]:
+        """The windows that something which has ended here is about to give its rest back to."""
+        return frozenset(self._releasing)
+
+    async def released(self, window: int, timeout_s: float, *, since: frozenset[int] = frozenset()) -> bool:
         """Wait for the next request that has ended here to give its rest of a window back.
 
+        `since` is what was `releasing` when the books were asked: nobody waits for who was settled before their answer.
         False: none is about to, or not in time. True: what the books have refused they may grant now.
         """
         if window not in self._releasing:
-            return False
+            return window in since
         event = self._released_in.setdefault(window, asyncio.Event())
         try:
             async with asyncio.timeout(timeout_s):

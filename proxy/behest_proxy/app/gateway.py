@@ -235,8 +235,11 @@ class Gateway:
         it is settled.
         """
         for _ in range(ADMISSION_TRIES_MAX - 1):
+            since = self.desk.releasing
             answer = await self._asked(admission)
-            if not isinstance(answer, Refused) or not await self.desk.released(answer.window_id, RELEASE_S):
+            if not isinstance(answer, Refused):
+                return answer
+            if not await self.desk.released(answer.window_id, RELEASE_S, since=since):
                 return answer
         return await self._asked(admission)
 
