@@ -52,7 +52,7 @@ def page(figures: Figures, *, command: str, machine: str, load: str) -> str:
     ]
     if figures.faults:
         sections += ["Not measured in this run:\n", "\n".join(f"- {fault}" for fault in figures.faults) + "\n"]
-    return "\n".join(sections)
+    return "\n".join(section for section in sections if section)
 
 
 def _quiet(figures: Figures) -> str:
