@@ -239,14 +239,17 @@ spec: {{tenant: {project.namespace}, defaultModel: gpt-4o-mini, suspended: true}
     assert asked(project, token=token).status_code == 403
 
 
-def test_a_tier_limits_how_many_requests_of_a_user_run_at_once(stack: Stack) -> None:
-    project = stack.project(project="  defaultTier: free")
-    stack.apply(f"""
+TIER = """
 apiVersion: behest.ai/v1alpha1
 kind: Tier
-metadata: {{name: free, namespace: {project.namespace}}}
-spec: {{number: 1, concurrency: 2}}
-""")
+metadata: {{name: free, namespace: {namespace}}}
+spec: {{number: 1, {rates}}}
+"""
+
+
+def test_a_tier_limits_how_many_requests_of_a_user_run_at_once(stack: Stack) -> None:
+    project = stack.project(project="  defaultTier: free")
+    stack.apply(TIER.format(namespace=project.namespace, rates="concurrency: 2"))
     name = f"{project.namespace}/tier:free:concurrency"
 
     async def scenario() -> None:
@@ -278,12 +281,7 @@ spec: {{number: 1, concurrency: 2}}
 
 def test_who_asks_again_right_after_an_answer_is_not_refused_for_what_that_one_held(stack: Stack) -> None:
     project = stack.project(project="  defaultTier: free")
-    stack.apply(f"""
-apiVersion: behest.ai/v1alpha1
-kind: Tier
-metadata: {{name: free, namespace: {project.namespace}}}
-spec: {{number: 1, concurrency: 1}}
-""")
+    stack.apply(TIER.format(namespace=project.namespace, rates="concurrency: 1"))
     body = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "Hi"}], "sim": {"output_tokens": 1}}
     headers = {"Authorization": f"Bearer {project.mint()}"}
     with httpx.Client(base_url=stack.base_url, headers=headers, timeout=30) as client:
@@ -291,12 +289,6 @@ spec: {{number: 1, concurrency: 1}}
     assert statuses == [200] * 50
 
 
-TIER = """
-apiVersion: behest.ai/v1alpha1
-kind: Tier
-metadata: {{name: free, namespace: {namespace}}}
-spec: {{number: 1, {rates}}}
-"""
 BUDGET = """
 apiVersion: behest.ai/v1alpha1
 kind: Budget
