@@ -55,10 +55,7 @@ class Likeness:
             if not event.startswith(before) or not event.endswith(after) or len(event) < least:
                 return None
             inner.append(event[begin:end])
-        try:
-            joined = b"\n".join(inner).decode()
-        except UnicodeDecodeError:
-            return None
+        joined = b"\n".join(inner).decode()  # the read is UTF-8, and was cut at quotation marks
         texts = joined.split("\n")
         if '"' in joined or len(texts) != len(inner) or not all(map(str.isprintable, texts)):
             return None

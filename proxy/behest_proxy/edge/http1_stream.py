@@ -45,7 +45,7 @@ class Http1Stream(ServedRequest):
     @property
     def buffered_bytes(self) -> int:
         """The transport's write buffer: this answer has the connection to itself."""
-        return 0 if self.closed else self._connection.transport.get_write_buffer_size()
+        return 0 if self.closed else self._transport.get_write_buffer_size()
 
     @property
     def unread_bytes(self) -> int:
@@ -73,7 +73,7 @@ class Http1Stream(ServedRequest):
             except h11.LocalProtocolError as error:
                 self.reset()
                 raise RuntimeError("more bytes than the answer's content-length") from error
-        self._connection.transport.write(data)
+        self._transport.write(data)
 
     def _send_head(self, status: int, headers: Sequence[Header]) -> None:
         connection = self._connection
@@ -95,7 +95,7 @@ class Http1Stream(ServedRequest):
             )
         except h11.LocalProtocolError as error:
             raise ValueError(str(error)) from error
-        connection.transport.write(head or b"")
+        self._transport.write(head or b"")
         self.open = True
         self.paused = connection.write_paused
 
@@ -107,7 +107,7 @@ class Http1Stream(ServedRequest):
             self.reset()
             raise
         if data:
-            connection.transport.write(data)
+            self._transport.write(data)
         self._finish()
         connection.answered()
 

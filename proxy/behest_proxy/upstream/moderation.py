@@ -61,10 +61,9 @@ class Moderation:
         """
         if self._is_busy and sys.platform == "linux":
             connection: socket.socket | None = transport.get_extra_info("socket")
-            if connection is None:
-                return
-            with suppress(OSError):  # it is gone already, as its reader will be told
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
+            if connection is not None:
+                with suppress(OSError):  # it is gone already, as its reader will be told
+                    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
 
     def _sleep(self) -> None:
         now_s = time.monotonic()
